@@ -1,0 +1,1 @@
+"""Learn, store and measure N:M masks for a frozen language model."""

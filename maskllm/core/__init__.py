@@ -1,0 +1,1 @@
+"""Patterns, mask sets, and which layers are maskable: torch and safetensors only."""

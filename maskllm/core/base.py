@@ -1,0 +1,59 @@
+"""The frozen base model as a mask sees it: a fingerprint, and the shape of every tensor."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+
+class BadBase(ValueError):
+    """A folder that holds no readable safetensors checkpoint."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Identity of a checkpoint: sha256 over all its tensors, and their shapes by name."""
+
+    fingerprint: str
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_base(folder: Path) -> Base:
+    """Fingerprint a Hugging Face checkpoint folder.
+
+    The fingerprint covers name, dtype, shape and bytes of every tensor, whatever files they are
+    sharded over. Raises BadBase where there is no safetensors checkpoint.
+    """
+    files = _tensor_files(folder)
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
+        digests = dict(sorted(pool.map(_digest, files.items())))
+    total = hashlib.sha256(json.dumps({n: d for n, (d, _) in digests.items()}).encode())
+    return Base(total.hexdigest(), {name: shape for name, (_, shape) in digests.items()})
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Every tensor of the checkpoint and the file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {n: folder / f for n, f in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise BadBase(f"no model.safetensors in {folder}: give a Hugging Face safetensors checkpoint")
+    try:
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except Exception as error:
+        raise BadBase(f"{single} is not a safetensors file: {error}") from None
+
+
+def _digest(item: tuple[str, Path]) -> tuple[str, tuple[str, tuple[int, ...]]]:
+    name, path = item
+    with safe_open(path, "pt") as file:
+        tensor = file.get_tensor(name)
+    sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+    sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return name, (sha.hexdigest(), tuple(tensor.shape))
