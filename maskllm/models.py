@@ -27,7 +27,7 @@ def resolve(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"]))
@@ -35,11 +35,11 @@ def resolve(model: str) -> Path:
         raise BadBase(f"{model!r} is no folder here and cannot be had from the Hugging Face hub") from None
 
 
-def load_base(
-    model: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Loaded:
+def load_base(model: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Loaded:
     """Load a causal LM with every parameter frozen. Raises BadBase where there is none."""
     folder = resolve(model)
     base = read_base(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return Loaded(loaded.requires_grad_(False), AutoTokenizer.from_pretrained(folder), base)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    torch.nn.Module.to(loaded, device)  # transformers wraps `.to` in a type that mypy cannot follow
+    loaded.requires_grad_(False)
+    return Loaded(loaded, AutoTokenizer.from_pretrained(folder), base)

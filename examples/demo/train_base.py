@@ -58,9 +58,7 @@ def main() -> None:
 
     tokenizer = train_tokenizer(args.data)
     train = {d: load_tokens(tokenizer, [str(args.data / d / "train.txt")]) for d in MIX}
-    valid = {
-        d: windows(load_tokens(tokenizer, [str(args.data / d / "valid.txt")]), LENGTH)[:24] for d in MIX
-    }
+    valid = {d: windows(load_tokens(tokenizer, [str(args.data / d / "valid.txt")]), LENGTH)[:24] for d in MIX}
     print("tokens:", {d: len(t) for d, t in train.items()})
     model = LlamaForCausalLM(config(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"

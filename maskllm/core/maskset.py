@@ -131,14 +131,15 @@ def save(mask_set: MaskSet, path: Path) -> str:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        partial = Path(file.name)
         try:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # NamedTemporaryFile makes it private; a server must read it
-            os.replace(file.name, path)
+            partial.chmod(0o644)  # NamedTemporaryFile makes it private; a server must read it
+            partial.replace(path)
         except BaseException:
-            os.unlink(file.name)
+            partial.unlink()
             raise
     return hashlib.sha256(raw).hexdigest()
 
@@ -262,7 +263,7 @@ def _digest(header: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for layer, tensor in sorted(packed.items()):
         sha.update(layer.encode())
-        sha.update(tensor.contiguous().numpy())
+        sha.update(tensor.contiguous().numpy().data)
     return sha.hexdigest()
 
 

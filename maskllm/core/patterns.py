@@ -88,8 +88,8 @@ def pack(codes: Tensor, n: int = 2, m: int = 4) -> Tensor:
     width, period = _bit_layout(n, m)
     padded = torch.nn.functional.pad(codes.int(), (0, -groups % period)).view(rows, -1, period)
     packed = torch.zeros(*padded.shape[:2], width * period // 8, dtype=torch.int32, device=codes.device)
-    for place, byte, shift in _overlaps(width, period):
-        code = padded[..., place]
+    for index, byte, shift in _overlaps(width, period):
+        code = padded[..., index]
         packed[..., byte] |= code << shift if shift >= 0 else code >> -shift
     return packed.bitwise_and_(255).flatten(1)[:, : row_bytes(groups, n, m)].to(torch.uint8)
 
@@ -113,9 +113,9 @@ def unpack(packed: Tensor, groups: int, n: int = 2, m: int = 4) -> Tensor:
         padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % (width * period // 8)))
         bytes_ = padded.int().view(rows, -1, width * period // 8)
         fields = torch.zeros(*bytes_.shape[:2], period, dtype=torch.int32, device=packed.device)
-        for place, byte, shift in _overlaps(width, period):
+        for index, byte, shift in _overlaps(width, period):
             part = bytes_[..., byte]
-            fields[..., place] |= part >> shift if shift >= 0 else part << -shift
+            fields[..., index] |= part >> shift if shift >= 0 else part << -shift
         codes = fields.bitwise_and_((1 << width) - 1).flatten(1)
         if codes.numel() and int(codes.max()) >= base:
             raise BadPattern(f"code out of range: {n}:{m} has codes 0 to {base - 1}")
@@ -171,9 +171,9 @@ def _bit_layout(n: int, m: int) -> tuple[int, int]:
 def _overlaps(width: int, period: int) -> list[tuple[int, int, int]]:
     """(code, byte, left shift of the code into that byte) for each byte a code touches."""
     return [
-        (place, byte, place * width - 8 * byte)
-        for place in range(period)
-        for byte in range(place * width // 8, (place * width + width - 1) // 8 + 1)
+        (index, byte, index * width - 8 * byte)
+        for index in range(period)
+        for byte in range(index * width // 8, (index * width + width - 1) // 8 + 1)
     ]
 
 
