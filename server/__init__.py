@@ -1,0 +1,1 @@
+"""Serve one base model under many masks behind an OpenAI-compatible endpoint."""

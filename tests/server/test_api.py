@@ -1,0 +1,305 @@
+"""What clients see: OpenAI's API with a mask on each request, and the masks themselves."""
+
+import re
+import shutil
+import threading
+
+import openai
+import pytest
+from conftest import MASKS, Server, random_mask
+from prometheus_client.parser import text_string_to_metric_families
+
+from maskllm.core import maskset
+
+ASK = {"prompt": "The Secretary shall", "max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture()
+def http(server: Server):
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture()
+def client(server: Server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def label(name: str) -> str:
+    return f"{name}@{maskset.load(MASKS / f'{name}.safetensors').sha256[:12]}"
+
+
+def metric(http, name: str, **labels: str) -> float:
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                return sample.value
+    return 0.0
+
+
+# One mask, many ways to name it.
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"params": {"mask": "legal"}},
+        {"headers": {"X-Mask": "legal"}},
+        {"json": {"mask": "legal"}},
+        {"json": {"model": "legal"}},
+        {"json": {"model": "base:legal"}},
+        {"json": {"model": "base", "mask": "legal"}, "params": {"mask": "legal"}},
+    ],
+)
+def test_every_way_to_name_a_mask_gives_the_same_answer(http, how):
+    expected = http.post("/v1/completions", params={"mask": "legal"}, json=ASK).json()["choices"]
+    answer = http.post("/v1/completions", **{**how, "json": {**ASK, **how.get("json", {})}})
+    assert answer.status_code == 200
+    assert answer.headers["X-Mask"] == label("legal")
+    assert answer.json()["model"] == "legal"
+    assert answer.json()["choices"] == expected
+
+
+def test_no_mask_and_none_are_the_dense_base(http):
+    unnamed = http.post("/v1/completions", json=ASK)
+    none = http.post("/v1/completions", params={"mask": "none"}, json=ASK)
+    assert unnamed.headers["X-Mask"] == none.headers["X-Mask"] == "none"
+    assert unnamed.json()["model"] == "base"
+    assert unnamed.json()["choices"] == none.json()["choices"]
+
+
+def test_a_mask_can_be_pinned_to_its_content(http):
+    assert http.post("/v1/completions", params={"mask": label("legal")}, json=ASK).status_code == 200
+    stale = http.post("/v1/completions", params={"mask": "legal@000000000000"}, json=ASK)
+    assert stale.status_code == 404
+    assert label("legal") in stale.json()["error"]["message"]
+
+
+def test_an_unknown_mask_is_a_404_that_names_the_known_ones(http):
+    answer = http.post("/v1/completions", params={"mask": "nope"}, json=ASK)
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("mask", 404)
+    for name in ("general", "legal", "medical", "code", "stories", "none"):
+        assert name in error["message"]
+
+
+@pytest.mark.parametrize("model", ["gpt-4", "other:legal", "base:nope"])
+def test_an_unknown_model_is_a_404(http, model):
+    assert http.post("/v1/completions", json={**ASK, "model": model}).status_code == 404
+
+
+def test_two_masks_in_one_request_are_a_400_that_says_which(http):
+    answer = http.post("/v1/completions", params={"mask": "legal"}, json={**ASK, "model": "base:code"})
+    assert answer.status_code == 400
+    assert "'legal'" in answer.json()["error"]["message"]
+    assert "'code'" in answer.json()["error"]["message"]
+
+
+# The official client.
+
+
+def test_the_openai_client_completes_chats_streams_and_lists(client):
+    done = client.completions.create(model="legal", **ASK)
+    assert done.usage.completion_tokens == 12
+    chunks = client.completions.create(model="base", stream=True, extra_query={"mask": "legal"}, **ASK)
+    assert "".join(c.choices[0].text for c in chunks) == done.choices[0].text
+
+    messages = [{"role": "user", "content": "What causes Glaucoma ?"}]
+    chat = {"model": "base:medical", "messages": messages, "max_tokens": 12, "temperature": 0}
+    reply = client.chat.completions.create(**chat)
+    assert reply.model == "medical"
+    deltas = client.chat.completions.create(stream=True, **chat)
+    text = "".join(d.choices[0].delta.content or "" for d in deltas)
+    assert text == reply.choices[0].message.content
+
+    models = {model.id: model for model in client.models.list()}
+    assert models["base"].parent is None
+    assert models["legal"].parent == "base"
+
+
+def test_the_openai_client_raises_its_own_errors(client):
+    with pytest.raises(openai.NotFoundError, match="no mask 'nope'"):
+        client.completions.create(model="base:nope", **ASK)
+    with pytest.raises(openai.BadRequestError, match="different masks"):
+        client.completions.create(model="legal", extra_body={"mask": "code"}, **ASK)
+
+
+def test_the_chat_template_is_the_question_and_answer_form_of_the_base(http):
+    chat = {"messages": [{"role": "user", "content": "What causes Glaucoma ?"}]}
+    tokens = http.post("/tokenize", json=chat).json()["tokens"]
+    text = "<|endoftext|>Question: What causes Glaucoma ?\nAnswer:"
+    assert tokens == http.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+
+
+def test_health_and_version_answer(http):
+    assert http.get("/health").status_code == 200
+    assert http.get("/version").json()["vllm"] == "0.32.0"
+
+
+def test_only_the_routes_a_user_needs_are_there(http):
+    paths = http.get("/openapi.json").json()["paths"]
+    assert set(paths) == {
+        "/health", "/version", "/metrics", "/tokenize", "/detokenize",
+        "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/masks", "/v1/masks/{name}",
+    }  # fmt: skip
+
+
+# The masks' life.
+
+
+def test_masks_are_listed_with_what_is_known_of_them_and_refusals_with_their_reason(http):
+    listed = http.get("/v1/masks").json()
+    masks = {mask["id"]: mask for mask in listed["data"]}
+    assert masks["legal"]["sha256"][:12] == label("legal").split("@")[1]
+    assert (masks["legal"]["n"], masks["legal"]["m"]) == (2, 4)
+    assert "ends" in listed["refused"]["broken"] or "of" in listed["refused"]["broken"]
+    assert "made for base 000000000000" in listed["refused"]["foreign"]
+
+
+def test_a_refused_file_is_no_mask_and_harms_nobody(http, server):
+    for name in ("broken", "foreign"):
+        assert http.post("/v1/completions", params={"mask": name}, json=ASK).status_code == 404
+        answer = http.put(f"/v1/masks/{name}")
+        assert answer.status_code == 422
+        assert str(server.masks) not in answer.text
+    assert http.post("/v1/completions", params={"mask": "legal"}, json=ASK).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "message"),
+    [
+        ("ghost", None, "no file 'ghost.safetensors'"),
+        ("none", {"file": "legal.safetensors"}, "cannot name a mask"),
+        ("base", {"file": "legal.safetensors"}, "cannot name a mask"),
+        ("a b", {"file": "legal.safetensors"}, "cannot name a mask"),
+        ("up", {"file": "../legal.safetensors"}, "under the masks folder"),
+        ("root", {"file": "/etc/passwd"}, "under the masks folder"),
+    ],
+)
+def test_a_put_that_cannot_work_is_a_400_and_changes_nothing(http, name, body, message):
+    before = http.get("/v1/masks").json()
+    answer = http.put(f"/v1/masks/{name}", json=body)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert http.get("/v1/masks").json() == before
+
+
+def test_a_mask_is_really_loaded_by_put_and_really_freed_by_delete(http, server, base):
+    random_mask(base, server.masks / "added.safetensors", seed=3)
+    loaded = metric(http, "maskllm_packed_bytes", mask="added")
+    assert loaded == 0
+    assert http.put("/v1/masks/added").status_code == 201
+    packed = sum(t.nbytes for t in maskset.load(server.masks / "added.safetensors").packed.values())
+    assert metric(http, "maskllm_packed_bytes", mask="added") == packed
+    assert http.post("/v1/completions", params={"mask": "added"}, json=ASK).status_code == 200
+    weights = maskset.load(server.masks / "added.safetensors").weights
+    assert metric(http, "maskllm_resident_bytes", mask="added") == weights  # one byte each
+    assert http.put("/v1/masks/added").status_code == 200  # the same content again: nothing to do
+
+    assert http.delete("/v1/masks/added").status_code == 204
+    assert metric(http, "maskllm_packed_bytes", mask="added") == 0
+    assert metric(http, "maskllm_resident_bytes", mask="added") == 0
+    assert http.post("/v1/completions", params={"mask": "added"}, json=ASK).status_code == 404
+    assert http.delete("/v1/masks/added").status_code == 404
+    assert (server.masks / "added.safetensors").is_file()
+
+
+def test_a_republished_mask_answers_with_its_new_content_and_no_old_cache(http, server, base):
+    prompt = {**ASK, "prompt": "No person shall be held to answer for any offence. " * 20}
+    answers = {}
+    for name, seed in (("one", 4), ("two", 5)):
+        random_mask(base, server.masks / f"{name}.safetensors", seed)
+        http.put(f"/v1/masks/{name}")
+        answers[name] = http.post("/v1/completions", params={"mask": name}, json=prompt).json()["choices"]
+    assert answers["one"] != answers["two"]
+    for name in ("one", "two", "one"):
+        http.put("/v1/masks/moving", json={"file": f"{name}.safetensors"})
+        answer = http.post("/v1/completions", params={"mask": "moving"}, json=prompt)
+        assert answer.json()["choices"] == answers[name]
+        assert answer.headers["X-Mask"].startswith("moving@")
+    for name in ("one", "two", "moving"):
+        assert http.delete(f"/v1/masks/{name}").status_code == 204
+
+
+@pytest.mark.parametrize("how", ["delete", "replace"])
+def test_a_request_in_flight_finishes_on_the_mask_it_began_with(http, client, server, base, how):
+    random_mask(base, server.masks / "flying.safetensors", seed=6)
+    http.put("/v1/masks/flying")
+    long = {**ASK, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+    expected = client.completions.create(model="flying", **long).choices[0].text
+
+    stream = client.completions.create(model="flying", stream=True, **long)
+    text = next(stream).choices[0].text
+    if how == "delete":
+        change = threading.Thread(target=http.delete, args=["/v1/masks/flying"])
+    else:
+        shutil.copy(server.masks / "victim.safetensors", server.masks / "flying2.safetensors")
+        change = threading.Thread(
+            target=http.put,
+            args=["/v1/masks/flying"],
+            kwargs={"json": {"file": "flying2.safetensors"}},
+        )
+    change.start()
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    change.join(60)
+    assert not change.is_alive()
+    assert text == expected
+    with server.client() as other:
+        if how == "delete":
+            gone = other.post("/v1/completions", params={"mask": "flying"}, json=ASK)
+            assert gone.status_code == 404
+        else:
+            assert other.delete("/v1/masks/flying").status_code == 204
+
+
+def test_a_cold_load_that_fails_in_the_engine_is_a_409_and_the_server_lives_on(http, server, client):
+    """`victim` was registered at start, and is loaded only by its first request."""
+    copy = server.masks / "victim.copy"
+    (server.masks / "victim.safetensors").rename(copy)
+    answer = http.post("/v1/completions", params={"mask": "victim"}, json=ASK)
+    assert answer.status_code == 409
+    assert "no file 'victim.safetensors'" in answer.json()["error"]["message"]
+    with pytest.raises(openai.ConflictError):
+        client.completions.create(model="victim", **ASK)
+    assert http.get("/health").status_code == 200
+    assert http.post("/v1/completions", params={"mask": "legal"}, json=ASK).status_code == 200
+
+    copy.rename(server.masks / "victim.safetensors")
+    assert http.post("/v1/completions", params={"mask": "victim"}, json=ASK).status_code == 200
+
+
+# Metrics.
+
+
+def test_metrics_count_each_mask_by_itself(http):
+    before = {
+        mask: metric(http, "maskllm_generation_tokens_total", mask=mask) for mask in ("medical", "none")
+    }
+    http.post("/v1/completions", params={"mask": "medical"}, json={**ASK, "ignore_eos": True})
+    assert metric(http, "maskllm_generation_tokens_total", mask="medical") == before["medical"] + 12
+    assert metric(http, "maskllm_generation_tokens_total", mask="none") == before["none"]
+
+
+def test_every_family_of_the_design_is_exported_by_mask_beside_vllms_own(http):
+    http.post("/v1/completions", params={"mask": "legal"}, json=ASK)
+    http.post("/v1/completions", params={"mask": "nope"}, json=ASK)
+    text = http.get("/metrics").text
+    for family in (
+        "requests_total", "errors_total", "prompt_tokens_total", "generation_tokens_total",
+        "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
+        "e2e_request_latency_seconds_bucket", "queue_time_seconds_bucket",
+        "swaps_total", "swap_seconds_total", "resident_bytes", "packed_bytes",
+    ):  # fmt: skip
+        assert re.search(rf'^maskllm_{family}{{.*mask="', text, re.M), family
+    assert re.search(r"^maskllm_slots_total 4.0$", text, re.M)
+    assert re.search(r"^maskllm_slots_used \d", text, re.M)
+    assert "vllm:time_to_first_token_seconds" in text
+
+
+def test_names_that_clients_invent_never_become_labels(http):
+    http.post("/v1/completions", params={"mask": "invented"}, json=ASK)
+    text = http.get("/metrics").text
+    assert "invented" not in text
+    assert metric(http, "maskllm_errors_total", mask="unknown", status="404") >= 1

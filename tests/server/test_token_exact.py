@@ -1,0 +1,98 @@
+"""The promise of the product: an answer under a mask is the masked model's own answer."""
+
+import asyncio
+import itertools
+
+import httpx
+import pytest
+import torch
+from conftest import BASE, MASKS, SLOTS, Server
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskllm.core import maskset
+from maskllm.core.layers import apply_masks
+
+NAMES = ["legal", "medical", "code", "stories", "general", "none"]
+STARTS = [
+    "The Secretary of the Treasury shall",
+    "Question: What are the symptoms of",
+    "def forward(self, x):\n    return",
+    "Once upon a time, there was a little",
+]
+# A prefix longer than a KV block (128 tokens on CPU), so that requests under different masks share
+# cacheable prompt blocks and would read each other's if the cache did not know masks apart.
+SHARED = "The court held that the rule applies to every person who files a claim under this title. " * 12
+NEAR = 1e-3
+
+
+def requests() -> list[dict[str, object]]:
+    """32 requests: every mask and the dense base, prompts with and without a shared prefix."""
+    names = itertools.islice(itertools.cycle(NAMES), 32)
+    return [
+        {
+            "mask": name,
+            "prompt": (SHARED if index % 3 == 0 else "") + STARTS[index // 6 % 4],
+            "max_tokens": 8 + 5 * (index % 7),
+            "temperature": 0,
+            "return_token_ids": True,
+        }
+        for index, name in enumerate(names)
+    ]
+
+
+async def ask_all(url: str, bodies: list[dict[str, object]]) -> list[dict]:
+    limits = httpx.Limits(max_connections=64)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+        answers = await asyncio.gather(*(client.post("/v1/completions", json=b) for b in bodies))
+    for answer in answers:
+        answer.raise_for_status()
+    return [answer.json()["choices"][0] for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The demo base with each mask applied, as plain Hugging Face models."""
+    loaded = {}
+    for name in NAMES:
+        loaded[name] = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        if name != "none":
+            apply_masks(loaded[name], maskset.load(MASKS / f"{name}.safetensors").masks())
+    return loaded
+
+
+@torch.no_grad()
+def is_near_tie(model, ids: list[int]) -> bool:
+    """Whether Hugging Face's own two best logits after `ids` are too close to call."""
+    first, second = model(torch.tensor([ids])).logits[0, -1].topk(2).values
+    return bool(first - second <= NEAR)
+
+
+def compare(model, tokenizer, body, choice) -> str:
+    prompt = tokenizer(body["prompt"], return_tensors="pt").input_ids
+    expected = model.generate(prompt, max_new_tokens=body["max_tokens"], do_sample=False, pad_token_id=0)
+    expected, got = expected[0, prompt.shape[1] :].tolist(), choice["token_ids"]
+    if got == expected:
+        return "equal"
+    at = next(i for i, (a, b) in enumerate(itertools.zip_longest(got, expected)) if a != b)
+    return "near tie" if is_near_tie(model, prompt[0].tolist() + expected[:at]) else f"differs at {at}"
+
+
+def test_32_concurrent_requests_under_mixed_masks_equal_hugging_face(server: Server, models):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    bodies = requests()
+    for round_ in ("cold", "with every prefix cached"):
+        choices = asyncio.run(ask_all(server.url, bodies))
+        results = [compare(models[b["mask"]], tokenizer, b, c) for b, c in zip(bodies, choices, strict=True)]
+        assert [r for r in results if r.startswith("differs")] == [], round_
+        assert results.count("near tie") <= 0.02 * len(results), round_
+
+
+def test_the_masks_are_really_different_models(server: Server):
+    """Without this the test above could pass with every request answered by one mask."""
+    body = {"prompt": STARTS[0], "max_tokens": 24, "temperature": 0, "return_token_ids": True}
+    choices = asyncio.run(ask_all(server.url, [{**body, "mask": name} for name in NAMES]))
+    assert len({tuple(choice["token_ids"]) for choice in choices}) == len(NAMES)
+
+
+def test_more_masks_than_slots_were_in_use():
+    assert len(NAMES) - 1 > SLOTS
