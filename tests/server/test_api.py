@@ -1,26 +1,25 @@
 """What clients see: OpenAI's API with a mask on each request, and the masks themselves."""
 
 import re
-import shutil
 import threading
 
 import openai
 import pytest
-from conftest import MASKS, Server, random_mask
 from prometheus_client.parser import text_string_to_metric_families
+from running import MASKS, Server, random_mask
 
 from maskllm.core import maskset
 
 ASK = {"prompt": "The Secretary shall", "max_tokens": 12, "temperature": 0}
 
 
-@pytest.fixture()
+@pytest.fixture
 def http(server: Server):
     with server.client() as client:
         yield client
 
 
-@pytest.fixture()
+@pytest.fixture
 def client(server: Server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         yield client
@@ -130,7 +129,9 @@ def test_the_chat_template_is_the_question_and_answer_form_of_the_base(http):
     chat = {"messages": [{"role": "user", "content": "What causes Glaucoma ?"}]}
     tokens = http.post("/tokenize", json=chat).json()["tokens"]
     text = "<|endoftext|>Question: What causes Glaucoma ?\nAnswer:"
-    assert tokens == http.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    assert (
+        tokens == http.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    )
 
 
 def test_health_and_version_answer(http):
@@ -206,52 +207,44 @@ def test_a_mask_is_really_loaded_by_put_and_really_freed_by_delete(http, server,
     assert (server.masks / "added.safetensors").is_file()
 
 
-def test_a_republished_mask_answers_with_its_new_content_and_no_old_cache(http, server, base):
+def test_a_republished_mask_answers_with_its_new_content_and_no_old_cache(http):
     prompt = {**ASK, "prompt": "No person shall be held to answer for any offence. " * 20}
-    answers = {}
-    for name, seed in (("one", 4), ("two", 5)):
-        random_mask(base, server.masks / f"{name}.safetensors", seed)
-        http.put(f"/v1/masks/{name}")
-        answers[name] = http.post("/v1/completions", params={"mask": name}, json=prompt).json()["choices"]
-    assert answers["one"] != answers["two"]
-    for name in ("one", "two", "one"):
+    answers = {
+        name: http.post("/v1/completions", params={"mask": name}, json=prompt).json()["choices"]
+        for name in ("legal", "medical")
+    }
+    assert answers["legal"] != answers["medical"]
+    for name in ("legal", "medical", "legal"):
         http.put("/v1/masks/moving", json={"file": f"{name}.safetensors"})
         answer = http.post("/v1/completions", params={"mask": "moving"}, json=prompt)
         assert answer.json()["choices"] == answers[name]
         assert answer.headers["X-Mask"].startswith("moving@")
-    for name in ("one", "two", "moving"):
-        assert http.delete(f"/v1/masks/{name}").status_code == 204
+    assert http.delete("/v1/masks/moving").status_code == 204
 
 
-@pytest.mark.parametrize("how", ["delete", "replace"])
-def test_a_request_in_flight_finishes_on_the_mask_it_began_with(http, client, server, base, how):
-    random_mask(base, server.masks / "flying.safetensors", seed=6)
-    http.put("/v1/masks/flying")
+@pytest.mark.parametrize("how", ["DELETE", "PUT"])
+def test_a_request_in_flight_finishes_on_the_mask_it_began_with(http, client, server, how):
+    http.put("/v1/masks/flying", json={"file": "legal.safetensors"})
     long = {**ASK, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
     expected = client.completions.create(model="flying", **long).choices[0].text
 
     stream = client.completions.create(model="flying", stream=True, **long)
     text = next(stream).choices[0].text
-    if how == "delete":
-        change = threading.Thread(target=http.delete, args=["/v1/masks/flying"])
-    else:
-        shutil.copy(server.masks / "victim.safetensors", server.masks / "flying2.safetensors")
-        change = threading.Thread(
-            target=http.put,
-            args=["/v1/masks/flying"],
-            kwargs={"json": {"file": "flying2.safetensors"}},
-        )
+    body = {"json": {"file": "medical.safetensors"}} if how == "PUT" else {}
+    change = threading.Thread(target=http.request, args=[how, "/v1/masks/flying"], kwargs=body)
     change.start()
     text += "".join(chunk.choices[0].text for chunk in stream)
     change.join(60)
     assert not change.is_alive()
     assert text == expected
     with server.client() as other:
-        if how == "delete":
-            gone = other.post("/v1/completions", params={"mask": "flying"}, json=ASK)
-            assert gone.status_code == 404
+        after = other.post("/v1/completions", params={"mask": "flying"}, json=ASK)
+        if how == "DELETE":
+            assert after.status_code == 404
         else:
+            assert after.headers["X-Mask"] == label("medical").replace("medical", "flying")
             assert other.delete("/v1/masks/flying").status_code == 204
+        assert metric(other, "maskllm_packed_bytes", mask="flying") == 0
 
 
 def test_a_cold_load_that_fails_in_the_engine_is_a_409_and_the_server_lives_on(http, server, client):

@@ -6,7 +6,7 @@ import itertools
 import httpx
 import pytest
 import torch
-from conftest import BASE, MASKS, SLOTS, Server
+from running import BASE, MASKS, SLOTS, Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.core import maskset

@@ -4,7 +4,7 @@ import torch
 from maskllm.kernels.masked_linear import DENSE, allocate, fill, masked_linear
 
 
-@pytest.fixture()
+@pytest.fixture
 def layer():
     """A weight (2, 4) and two masks: slot 0 keeps the first two inputs, slot 1 the last two."""
     weight = torch.tensor([[1.0, 2.0, 3.0, 4.0], [-1.0, -2.0, -3.0, -4.0]])
@@ -48,3 +48,18 @@ def test_the_operator_keeps_the_contract_of_torch_library(layer, dtype):
     rows = torch.tensor([0, DENSE, 1], dtype=torch.int32)
     x = torch.randn(3, 4, dtype=dtype)
     torch.library.opcheck(masked_linear, (x, weight.to(dtype), slots, rows, None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_what_the_cpu_gives(dtype):
+    weight, x = torch.randn(128, 256), torch.randn(37, 256)
+    slots = allocate(weight, 3)
+    for slot in range(3):
+        fill(slots, slot, torch.rand(weight.shape) < 0.5)
+    rows = torch.randint(-1, 3, (37,), dtype=torch.int32)
+    expected = masked_linear(x, weight, slots, rows, None)
+    got = masked_linear(x.cuda().to(dtype), weight.cuda().to(dtype), slots.cuda(), rows.cuda(), None)
+    torch.testing.assert_close(
+        got.cpu().float(), expected, rtol=2e-2, atol=0.3 if dtype == torch.bfloat16 else 1e-3
+    )

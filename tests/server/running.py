@@ -1,0 +1,87 @@
+"""A real server to test: how to start it, and masks it must take or refuse."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from maskllm.core import maskset
+from maskllm.core.base import Base
+from maskllm.core.patterns import best
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "examples/demo/base"
+MASKS = ROOT / "examples/demo/masks"
+SLOTS = 4
+START_S = 240
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `maskllm serve` and the folder of its masks."""
+
+    url: str
+    masks: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120)
+
+
+@contextmanager
+def serving(masks: Path, log: Path) -> Iterator[Server]:
+    """The demo base under the masks of a folder, in fp32, until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "server", "--model", BASE, "--masks", masks]
+    command += ["--host", "127.0.0.1", "--port", port, "--slots", SLOTS, "--dtype", "float32"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+    server = Server(f"http://127.0.0.1:{port}", masks, log, process)
+    try:
+        _wait_until_healthy(server)
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def random_mask(base: Base, path: Path, seed: int, fingerprint: str | None = None) -> Path:
+    """A valid 2:4 mask of the demo base (or of a base with another fingerprint) at random."""
+    noise = torch.Generator().manual_seed(seed)
+    layers = maskset.load(MASKS / "legal.safetensors").shapes
+    masks = {name: best(torch.rand(shape, generator=noise)) for name, shape in layers.items()}
+    maskset.save(maskset.from_masks(masks, Base(fingerprint or base.fingerprint, base.shapes)), path)
+    return path
+
+
+def _wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and server.process.poll() is None:
+        try:
+            if httpx.get(f"{server.url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{server.log.read_text()[-4000:]}")

@@ -1,0 +1,45 @@
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from server.settings import Settings
+
+
+def parse(*args: str) -> Settings:
+    return CliApp.run(Settings, cli_args=list(args))
+
+
+def test_options_of_vllm_pass_through_unchanged(tmp_path):
+    settings = parse("--model", "some/base", "--masks", str(tmp_path), "--max-model-len", "64", "--port=9000")
+    assert settings.engine == ["--max-model-len", "64"]
+    assert settings.port == 9000
+
+
+def test_the_base_is_named_after_its_folder_unless_told_otherwise(tmp_path):
+    assert parse("--model", "some/base", "--masks", str(tmp_path)).name == "base"
+    assert parse("--model", "some/base", "--masks", str(tmp_path), "--name", "llama").name == "llama"
+
+
+def test_every_option_can_come_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKLLM_MODEL", "some/base")
+    monkeypatch.setenv("MASKLLM_MASKS", str(tmp_path))
+    monkeypatch.setenv("MASKLLM_SLOTS", "3")
+    assert (parse().model, parse().slots) == ("some/base", 3)
+    assert parse("--slots", "5").slots == 5
+
+
+@pytest.mark.parametrize("option", ["--enable-lora", "--lora-modules=a=b", "--max-loras"])
+def test_lora_options_are_refused_in_so_many_words(tmp_path, option):
+    with pytest.raises(ValidationError, match="LoRA adapters and masks cannot be used together yet"):
+        parse("--model", "base", "--masks", str(tmp_path), option)
+
+
+def test_a_masks_folder_that_is_not_there_is_refused_before_anything_starts(tmp_path):
+    command = [sys.executable, "-m", "server", "--model", "base", "--masks", str(tmp_path / "gone")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("gone is not a folder")
+    assert "Traceback" not in done.stderr

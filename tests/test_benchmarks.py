@@ -1,0 +1,37 @@
+"""The published figures: each keeps its `must`, and a figure that does not is noticed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from report import Row, table  # noqa: E402
+
+
+def test_a_figure_misses_its_must_only_on_the_wrong_side():
+    assert Row("a", 9.1, "perplexity", must=9.0).misses
+    assert not Row("a", 9.0, "perplexity", must=9.0).misses
+    assert Row("a", 1.9, "x", must=2.0, better="higher").misses
+    assert not Row("a", 9.1, "perplexity").misses
+
+
+def test_a_table_has_a_row_for_each_mask_and_marks_the_best_sparse_figure_of_a_column():
+    values = {"dense | law": 2.0, "legal | law": 3.0, "code | law": 4.0}
+    rows = [{"name": name, "value": value, "unit": "perplexity"} for name, value in values.items()]
+    content = {"command": "make table", "machine": "m", "date": "d", "note": "n", "rows": rows}
+    assert table(content).splitlines()[:5] == [
+        "| mask | law |",
+        "|---|---:|",
+        "| dense | 2.00 |",
+        "| legal | **3.00** |",
+        "| code | 4.00 |",
+    ]
+
+
+def test_every_published_figure_keeps_its_must():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/report.py", "check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
