@@ -90,7 +90,12 @@ def _read_dataset(source: str) -> Iterator[str]:
     except ImportError:
         raise BadData(f"{source} needs the datasets library: pip install 'maskllm[hub]'") from None
     name, _, split = source.removeprefix("hf:").partition(":")
-    for row in load_dataset(name, split=split or "train", streaming=True):
+    try:
+        rows = load_dataset(name, split=split or "train", streaming=True)
+    except (ValueError, OSError) as error:  # no such dataset, split or file; no network
+        raise BadData(f"{source} cannot be read: {error}") from None
+    for row in rows:
         if not isinstance(row.get("text"), str):
             raise BadData(f"{source} has no column `text`; its columns: {', '.join(row)}")
-        yield row["text"].strip()
+        if document := row["text"].strip():
+            yield document

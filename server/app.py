@@ -1,5 +1,7 @@
 """The HTTP API: OpenAI's endpoints with a mask on each request, and the masks themselves."""
 
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -34,6 +36,17 @@ class MaskSource(BaseModel):
     """File under the masks folder (default: the mask's name with .safetensors)."""
 
 
+async def _until_sent() -> AsyncIterator[ExitStack]:
+    """FastAPI closes it when the answer is out to its last byte, or the client is gone."""
+    with ExitStack() as stack:
+        yield stack
+
+
+MaskQuery = Annotated[str | None, Query(description='Mask to answer with, "none" for the dense base.')]
+MaskHeader = Annotated[str | None, Header(alias="X-Mask", description="The same, as a header.")]
+UntilSent = Annotated[ExitStack, Depends(_until_sent)]
+
+
 async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
     """The app of one engine and its masks."""
     app = FastAPI(title="maskllm", version=version("maskllm"), lifespan=lifespan)
@@ -43,6 +56,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
         raw_request: Request,
         query: str | None,
         header: str | None,
+        until_sent: ExitStack,
     ) -> Response:
         """Resolve the mask, load it if this is its first request, let vLLM answer, say which it was."""
         name = UNKNOWN
@@ -50,6 +64,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
             mask = masks.resolve(request.model, query=query, body=request.mask, header=header)
             name = mask.name if mask else DENSE
             if mask is not None:
+                until_sent.enter_context(engine.using(mask))  # no await since `resolve`
                 await masks.ready(mask)
             request.model = mask.label if mask else masks.base_name
             response = await answer(request, raw_request)
@@ -63,23 +78,26 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
         return response
 
     body = [Depends(validate_json_request)]
-    MaskQuery = Annotated[str | None, Query(description='Mask to answer with, "none" for the dense base.')]
-    MaskHeader = Annotated[str | None, Header(alias="X-Mask", description="The same, as a header.")]
 
     @app.post("/v1/completions", dependencies=body)
     async def completions(
-        request: CompletionRequest, raw_request: Request, mask: MaskQuery = None, x_mask: MaskHeader = None
+        request: CompletionRequest,
+        raw_request: Request,
+        until_sent: UntilSent,
+        mask: MaskQuery = None,
+        x_mask: MaskHeader = None,
     ) -> Response:
-        return await respond(request, raw_request, mask, x_mask)
+        return await respond(request, raw_request, mask, x_mask, until_sent)
 
     @app.post("/v1/chat/completions", dependencies=body)
     async def chat_completions(
         request: ChatCompletionRequest,
         raw_request: Request,
+        until_sent: UntilSent,
         mask: MaskQuery = None,
         x_mask: MaskHeader = None,
     ) -> Response:
-        return await respond(request, raw_request, mask, x_mask)
+        return await respond(request, raw_request, mask, x_mask, until_sent)
 
     @app.get("/v1/models")
     async def models(raw_request: Request) -> Any:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections import defaultdict
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -53,6 +54,9 @@ class Engine(Protocol):
 
     async def unload(self, mask: Mask) -> None:
         """Wait until no request uses the mask, then free it."""
+
+    def using(self, mask: Mask) -> AbstractContextManager[None]:
+        """While the block runs, the mask is not unloaded."""
 
 
 class Masks:

@@ -35,6 +35,7 @@ def main() -> None:
             heldout=[str(args.data / domain / "valid.txt") for domain in domains],
             prior=str(args.out / "general.safetensors") if name in DOMAINS else "sparsegpt",
             steps=args.steps[name in DOMAINS],
+            heldout_windows=128 if name in DOMAINS else 32,
             eval_every=100,
             batch=8,
             micro_batch=8,

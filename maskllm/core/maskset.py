@@ -270,7 +270,7 @@ def _digest(header: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:
 def _parse(raw: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file, or why it has none."""
     length = int.from_bytes(raw[:8], "little")
-    if len(raw) < 8 or (raw[8:9] == b"{" and len(raw) < 8 + length):
+    if len(raw) <= 8 or (raw[8:9] == b"{" and len(raw) < 8 + length):
         raise TruncatedMask(f"{name} ends after {len(raw)} bytes, within its header")
     try:
         entries = json.loads(raw[8 : 8 + length])

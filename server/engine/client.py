@@ -5,8 +5,8 @@ import os
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.entrypoints.serve.instrumentator.health import router as health_router
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
-from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
@@ -35,41 +34,45 @@ from server.masks import DENSE, Mask
 from server.metrics import Finished, Metrics
 from server.settings import Settings
 
+DRAIN_POLL_S = 0.02
+
 
 class BadOptions(ValueError):
     """Options that vLLM takes and masks do not."""
 
 
 class MaskedLLM(AsyncLLM):
-    """vLLM's engine client, which also counts each mask's requests in flight and reports them."""
+    """vLLM's engine client, which also knows each mask's requests in flight and reports them."""
 
     metrics: Metrics
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loaded: set[int] = set()
         self.in_flight: Counter[int] = Counter()
-        self.idle = asyncio.Condition()
+
+    @contextmanager
+    def using(self, mask_id: int) -> Iterator[None]:
+        """While the block runs, the mask is not unloaded."""
+        self.in_flight[mask_id] += 1
+        try:
+            yield
+        finally:
+            self.in_flight[mask_id] -= 1
 
     async def generate(
         self, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Every request passes here: the one place where a mask is known to be in use."""
+        """Every request passes here; the mask is in use until vLLM has finished or aborted it."""
         mask_id, name = (lora_request.lora_int_id, lora_request.lora_name) if lora_request else (0, DENSE)
-        if mask_id and mask_id not in self.loaded:
-            raise VLLMNotFoundError(f"mask {name!r} was removed just now")
-        self.in_flight[mask_id] += 1
         begin, last, tokens = time.monotonic(), None, 0
-        try:
-            async for output in super().generate(*args, lora_request=lora_request, **kwargs):
-                last = output
-                tokens += sum(len(choice.token_ids) for choice in output.outputs)
-                yield output
-        finally:
-            self.metrics.finish(_finished(name, begin, last, tokens))
-            self.in_flight[mask_id] -= 1
-            async with self.idle:
-                self.idle.notify_all()
+        with self.using(mask_id):
+            try:
+                async for output in super().generate(*args, lora_request=lora_request, **kwargs):
+                    last = output
+                    tokens += sum(len(choice.token_ids) for choice in output.outputs)
+                    yield output
+            finally:
+                self.metrics.finish(_finished(name, begin, last, tokens))
 
 
 class Engine:
@@ -91,17 +94,19 @@ class Engine:
         )
         if not await self.llm.add_lora(request):
             return False
-        self.llm.loaded.add(mask.id)
         self.adapters[mask.label] = request
         return True
 
     async def unload(self, mask: Mask) -> None:
-        """Take a mask from new requests, wait for those in flight, free it."""
-        self.llm.loaded.discard(mask.id)
+        """Free a mask that no new request can name, once those in flight are done."""
+        while self.llm.in_flight[mask.id]:
+            await asyncio.sleep(DRAIN_POLL_S)
         self.adapters.pop(mask.label, None)
-        async with self.llm.idle:
-            await self.llm.idle.wait_for(lambda: not self.llm.in_flight[mask.id])
         await self.llm.remove_lora(mask.id)
+
+    def using(self, mask: Mask) -> AbstractContextManager[None]:
+        """While the block runs, the mask is not unloaded."""
+        return self.llm.using(mask.id)
 
     async def stats(self) -> dict[str, Any]:
         """The worker's slots and swaps; empty once the engine is dead."""

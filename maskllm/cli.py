@@ -1,0 +1,413 @@
+"""The `maskllm` command. A subcommand is one typed model: its fields are the options, its docstring is
+the help, and the example in it runs as printed in a checkout of the repository.
+
+Torch and transformers are imported by the commands that need them, so that `--help` is quick.
+"""
+
+import json
+import os
+import re
+import sys
+from argparse import _ActionsContainer
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliPositionalArg,
+    CliSettingsSource,
+    CliSubCommand,
+    SettingsError,
+    get_subcommand,
+)
+
+if TYPE_CHECKING:
+    from maskllm.core.maskset import MaskSet
+    from maskllm.models import Loaded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. The exit code is 1 where its input is no good, 2 where its command line is not."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["serve"]:  # the server has its own options, and maskllm does not know the server
+        os.execv(sys.executable, [sys.executable, "-m", "server", *args[1:]])
+    try:
+        cli = _cli_with_learn() if args[:1] == ["learn"] else Cli
+        source = CliSettingsSource[Any](cli, add_argument_method=_add_argument)
+        command: Any = get_subcommand(CliApp.run(cli, args, source), cli_exit_on_error=False)
+        command.run()
+    except ValidationError as error:
+        return _complain(args, _wrong_options(error), 2)
+    except SettingsError as error:
+        return _complain(args, str(error), 2)
+    except OSError as error:
+        return _complain(args, f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except KeyboardInterrupt as stop:
+        return _complain(args, str(stop) or "stopped", 130)
+    except ValueError as error:
+        if not type(error).__module__.startswith("maskllm."):  # one of our own is written for the user
+            raise
+        return _complain(args, str(error), 1)
+    return 0
+
+
+class Command(BaseModel, use_attribute_docstrings=True):
+    """A subcommand that reports figures."""
+
+    as_json: Annotated[bool, Field(alias="json")] = False
+    """Print JSON."""
+
+
+class OnBase(Command):
+    """A subcommand that runs the base."""
+
+    model: CliPositionalArg[str]
+    """The base: a folder or a Hugging Face name."""
+    data: list[str] = []
+    """Text files, folders of *.txt, or hf:NAME[:SPLIT]."""
+    length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a window."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None = None
+    """cpu, cuda or cuda:1; a GPU if there is one."""
+
+
+class Prune(OnBase):
+    """Make a mask in one shot, from the weights and some calibration text.
+
+    maskllm prune examples/demo/base --method wanda --data README.md --samples 16 \\
+      --out masks/wanda.safetensors
+    """
+
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    """How weights are scored; magnitude needs no text."""
+    n: PositiveInt = 2
+    """Weights kept in each group."""
+    m: PositiveInt = 4
+    """Weights in a group."""
+    samples: PositiveInt = 128
+    """Windows of text to calibrate on, drawn at random."""
+    seed: NonNegativeInt = 0
+    """Seed of that draw."""
+    include: list[str] = []
+    """Globs of the layers to mask; without any, all linear layers of the decoder blocks."""
+    exclude: list[str] = []
+    """Globs of the layers to leave dense."""
+    out: Path | None = None
+    """The mask file to write."""
+    update_weights: Path | None = None
+    """A folder for SparseGPT's sparse checkpoint, its weights updated: a baseline instead of a mask."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.out is None) == (self.update_weights is None):
+            raise ValueError("give either --out FILE or --update-weights FOLDER")
+        if self.update_weights and self.method != "sparsegpt":
+            raise ValueError(f"--update-weights goes with --method sparsegpt, not {self.method}")
+        if self.method != "magnitude" and not self.data:
+            raise ValueError(f"--method {self.method} needs --data to calibrate on")
+        return self
+
+    def run(self) -> None:
+        import torch
+
+        from maskllm.core import maskset
+        from maskllm.data import load_tokens, sample
+        from maskllm.prune.oneshot import prune
+
+        base, calibration = _load(self), None
+        rules = {"include": self.include, "exclude": self.exclude}
+        how: dict[str, Any] = {"method": self.method, **{k: v for k, v in rules.items() if v}}
+        if self.method != "magnitude":
+            tokens = load_tokens(base.tokenizer, self.data)
+            draw = torch.Generator().manual_seed(self.seed)
+            calibration = sample(tokens, self.length, self.samples, draw)
+            how |= {"data": [_name(source) for source in self.data]}
+            how |= {"samples": self.samples, "length": self.length, "seed": self.seed}
+        update = self.update_weights is not None
+        masks = prune(
+            base.model, calibration, self.method, self.n, self.m, self.include, self.exclude, update
+        )
+        if self.update_weights:
+            base.model.save_pretrained(self.update_weights)
+            base.tokenizer.save_pretrained(self.update_weights)
+            weights = sum(mask.numel() for mask in masks.values())
+            _report({"folder": str(self.update_weights), "weights": weights, **how}, self.as_json)
+        elif self.out:
+            maskset.save(maskset.from_masks(masks, base.base, self.n, self.m, how), self.out)
+            _report(_description(self.out, maskset.load(self.out)), self.as_json)
+
+
+class Eval(OnBase):
+    """Measure perplexity, dense and under masks, and print the protocol with it.
+
+    maskllm eval examples/demo/base --data README.md --mask examples/demo/masks/general.safetensors
+    """
+
+    mask: list[str] = []
+    """Mask files; each adds a row."""
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Self:
+        if not self.data:
+            raise ValueError("--data is missing: text to measure on")
+        return self
+
+    def run(self) -> None:
+        from maskllm.core import maskset
+        from maskllm.data import load_tokens, windows
+        from maskllm.evaluate.perplexity import masked, perplexity, protocol
+
+        base = _load(self)
+        mask_sets = {file: maskset.load(Path(file), base.base) for file in self.mask}
+        text = windows(load_tokens(base.tokenizer, self.data), self.length)
+        how = protocol(base.model, base.tokenizer, text)
+        perplexities = {"dense": perplexity(base.model, text)}
+        for file, mask_set in mask_sets.items():
+            with masked(base.model, mask_set.masks()):
+                perplexities[file] = perplexity(base.model, text)
+        if self.as_json:
+            rows = [{"mask": mask, "perplexity": value} for mask, value in perplexities.items()]
+            _report({"model": self.model, "protocol": how, "rows": rows}, True)
+        else:
+            _table(
+                [("mask", "perplexity"), *((mask, f"{value:.3f}") for mask, value in perplexities.items())]
+            )
+            print(how)
+
+
+class Inspect(Command):
+    """Show what a mask file says of itself.
+
+    maskllm inspect examples/demo/masks/legal.safetensors
+    """
+
+    file: CliPositionalArg[Path]
+    """The mask file."""
+
+    def run(self) -> None:
+        from maskllm.core import maskset
+
+        _report(_description(self.file, maskset.load(self.file)), self.as_json)
+
+
+class Verify(Command):
+    """Check that a mask file is whole and, with --base, that it fits a base.
+
+    maskllm verify examples/demo/masks/legal.safetensors --base examples/demo/base
+    """
+
+    file: CliPositionalArg[Path]
+    """The mask file."""
+    base: str | None = None
+    """The base: a folder or a Hugging Face name."""
+
+    def run(self) -> None:
+        from maskllm.core import maskset
+        from maskllm.core.base import read_base
+
+        try:
+            mask_set = maskset.load(self.file)
+            if self.base:
+                from maskllm.models import resolve
+
+                maskset.verify(mask_set, read_base(resolve(self.base)), self.file.name)
+        except maskset.MaskError as error:
+            if self.as_json:
+                problem = {"problem": type(error).__name__, "message": str(error)}
+                _report({"file": str(self.file), "ok": False, **problem}, True)
+            raise
+        _report({"file": str(self.file), "ok": True, "sha256": mask_set.sha256}, self.as_json)
+
+
+class Diff(Command):
+    """Compare two masks of one base, layer by layer: share of changed groups, and Jaccard of what is kept.
+
+    maskllm diff examples/demo/masks/general.safetensors examples/demo/masks/legal.safetensors
+    """
+
+    a: CliPositionalArg[Path]
+    """A mask file."""
+    b: CliPositionalArg[Path]
+    """Another."""
+
+    def run(self) -> None:
+        from maskllm.core import maskset
+
+        differences = maskset.diff(maskset.load(self.a), maskset.load(self.b))
+        if self.as_json:
+            total = differences.pop("total")
+            layers = {layer: asdict(difference) for layer, difference in differences.items()}
+            _report({"total": asdict(total), "layers": layers}, True)
+        else:
+            rows = [
+                (layer, f"{d.changed:.2%}", f"{d.jaccard:.4f}", str(d.groups))
+                for layer, d in differences.items()
+            ]
+            _table([("layer", "changed", "jaccard", "groups"), *rows])
+
+
+class Learn(Command):
+    """Learn a mask by gradient descent through Gumbel-softmax; the base stays frozen.
+
+    maskllm learn examples/demo/base --data LICENSE --heldout README.md --prior magnitude \\
+      --steps 3 --batch 1 --length 128 --out masks/mine.safetensors
+    """
+
+
+class Serve(BaseModel):
+    """Serve a base and its masks behind an OpenAI-compatible endpoint."""
+
+
+class Cli(
+    BaseSettings,
+    cli_prog_name="maskllm",
+    cli_kebab_case=True,
+    cli_implicit_flags="toggle",
+    cli_enforce_required=True,
+    cli_hide_none_type=True,
+    env_prefix="MASKLLM_CLI_",
+    use_attribute_docstrings=True,
+):
+    """Learn N:M sparsity masks for a frozen language model, measure them, and serve them all at once."""
+
+    prune: CliSubCommand[Prune]
+    """make a mask in one shot: magnitude, Wanda, SparseGPT"""
+    learn: CliSubCommand[Learn]
+    """learn a mask"""
+    eval: CliSubCommand[Eval]
+    """measure perplexity, dense and under masks"""
+    inspect: CliSubCommand[Inspect]
+    """show what a mask file says of itself"""
+    verify: CliSubCommand[Verify]
+    """check a mask file, alone or against a base"""
+    diff: CliSubCommand[Diff]
+    """compare two masks"""
+    serve: CliSubCommand[Serve]
+    """serve a base and its masks over HTTP"""
+
+
+def _cli_with_learn() -> type[BaseSettings]:
+    """The commands with all of `learn`'s options, which come with torch and everything that learns."""
+    from maskllm.learn.trainer import LearnConfig, run
+
+    class LearnNow(LearnConfig, Command):
+        __doc__ = Learn.__doc__
+
+        model: CliPositionalArg[str]
+        """The base: a folder or a Hugging Face name."""
+
+        def run(self) -> None:
+            config = LearnConfig(**self.model_dump(include=set(LearnConfig.model_fields)))
+            _report(asdict(run(self.model, config)), self.as_json)
+
+    class CliWithLearn(Cli):
+        learn: CliSubCommand[LearnNow]  # type: ignore[assignment]
+
+    return CliWithLearn
+
+
+def _load(command: OnBase) -> "Loaded":
+    """The base on its device, with a context long enough for the windows asked for."""
+    import torch
+    from transformers.utils import logging
+
+    from maskllm.models import load_base
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    gpu = torch.cuda.is_available()
+    if not gpu and command.device not in (None, "cpu"):
+        raise BadDevice(f"there is no {command.device} here: leave --device out, or say cpu")
+    base = load_base(command.model, device=command.device or ("cuda" if gpu else "cpu"))
+    context = getattr(base.model.config.get_text_config(), "max_position_embeddings", command.length)
+    if command.length > context:
+        raise BadLength(
+            f"a window of {command.length} tokens is longer than the base's context: --length {context}"
+        )
+    return base
+
+
+class BadDevice(ValueError):
+    """A device that this machine does not have."""
+
+
+class BadLength(ValueError):
+    """Windows longer than the base's context."""
+
+
+def _name(source: str) -> str:
+    """A source of text without the machine's folders: `legal-us/train.txt`, `hf:NAME`."""
+    kind, name = ("hf:", source[3:]) if source.startswith("hf:") else ("", source)
+    return kind + "/".join(Path(name).parts[-2:])
+
+
+def _description(file: Path, mask_set: "MaskSet") -> dict[str, Any]:
+    return {
+        "file": str(file),
+        "sha256": mask_set.sha256,
+        "n": mask_set.n,
+        "m": mask_set.m,
+        "weights": mask_set.weights,
+        "bits_per_weight": round(mask_set.bits_per_weight, 4),
+        "base": mask_set.base,
+        "provenance": mask_set.provenance,
+        "scores": mask_set.scores,
+        "layers": mask_set.shapes,
+    }
+
+
+def _report(figures: Mapping[str, Any], as_json: bool) -> None:
+    """Figures as JSON, or as a table of two columns."""
+    if as_json:
+        print(json.dumps(figures, indent=2))
+    else:
+        _table(list(_rows(figures)))
+
+
+def _rows(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in figures.items():
+        if key == "layers":
+            yield key, str(len(value))
+        elif isinstance(value, Mapping):
+            yield from _rows(value, f"{prefix}{key}.")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield prefix + key, f"{value:.4g}" if isinstance(value, float) else text
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _complain(args: Sequence[str], message: str, code: int) -> int:
+    print(f"{' '.join(['maskllm', *args[:1]])}: {message}", file=sys.stderr)
+    return code
+
+
+def _wrong_options(error: ValidationError) -> str:
+    """The first thing wrong with the options, as the user wrote them."""
+    first = error.errors()[0]
+    option = "--" + str(first["loc"][1]).replace("_", "-") + ": " if len(first["loc"]) > 1 else ""
+    return option + first["msg"].removeprefix("Value error, ")
+
+
+def _add_argument(parser: _ActionsContainer, *names: str, **options: Any) -> None:
+    """Lists and pairs take their values after one flag, as in `--data a.txt b.txt`; one-letter names
+    also work with two dashes; and defaults that say nothing are not shown."""
+    if options.get("action") == "append":
+        kind = re.findall(r"\w+", options["metavar"])[-1]
+        options |= {"action": "extend", "nargs": "+", "metavar": kind}
+    names = tuple(f"-{name}" if re.fullmatch(r"-\w", name) and name != "-h" else name for name in names)
+    if "help" in options:
+        options["help"] = re.sub(r" \(default: (null|\[\]|False)\)$", "", options["help"])
+    parser.add_argument(*names, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

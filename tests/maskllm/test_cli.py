@@ -1,0 +1,307 @@
+"""The `maskllm` command: what it prints is true, and what it is given wrong it says in one line."""
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from transformers import AutoModelForCausalLM
+
+from maskllm import cli
+from maskllm.core import maskset
+from maskllm.core.layers import maskable
+from maskllm.core.patterns import best
+from maskllm.data import load_tokens, windows
+from maskllm.evaluate.perplexity import perplexity
+from maskllm.models import load_base
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(arg) for arg in args])
+        except SystemExit as stop:  # argparse's own, for --help and unknown options
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def figures(run: Run) -> Callable[..., Any]:
+    """Run a command that succeeds with --json, and read its figures."""
+
+    def figures(*args: object) -> Any:
+        code, out, err = run(*args, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return figures
+
+
+@pytest.fixture
+def mask(tmp_path: Path, base_folder: Path, run: Run) -> Path:
+    file = tmp_path / "masks" / "magnitude.safetensors"
+    assert run("prune", base_folder, "--method", "magnitude", "--out", file)[0] == 0
+    return file
+
+
+def test_prune_writes_the_mask_that_its_method_makes(mask: Path, base_folder: Path) -> None:
+    base = load_base(str(base_folder))
+    saved = maskset.load(mask, base.base)
+    for name, layer in maskable(base.model).items():
+        assert torch.equal(saved.mask(name), best(layer.weight.abs()))
+    assert saved.provenance == {"method": "magnitude"}
+
+
+def test_the_same_seed_draws_the_same_text_and_makes_the_same_file(
+    tmp_path: Path, base_folder: Path, text: Path, figures: Callable[..., Any]
+) -> None:
+    def sha256(seed: int, out: str) -> str:
+        draw = ("--samples", 4, "--length", 16, "--seed", seed, "--out", tmp_path / out)
+        return str(figures("prune", base_folder, "--method", "wanda", "--data", text, *draw)["sha256"])
+
+    assert sha256(0, "a.safetensors") == sha256(0, "b.safetensors") != sha256(1, "c.safetensors")
+
+
+def test_a_mask_tells_how_it_was_made_and_nothing_of_the_machine(
+    tmp_path: Path, base_folder: Path, text: Path, figures: Callable[..., Any]
+) -> None:
+    out = tmp_path / "mask.safetensors"
+    options = shlex.split("--n 4 --m 8 --samples 4 --length 16 --seed 3 --exclude *.down_proj")
+    made = figures(
+        "prune", base_folder, "--method", "sparsegpt", "--data", text, text.parent, *options, "--out", out
+    )
+    assert (made["n"], made["m"]) == (4, 8)
+    assert made["provenance"] == {
+        "method": "sparsegpt",
+        "data": [f"{text.parent.name}/words.txt", f"{text.parent.parent.name}/{text.parent.name}"],
+        "samples": 4,
+        "length": 16,
+        "seed": 3,
+        "exclude": ["*.down_proj"],
+    }
+    assert str(text.parents[1]).encode() not in out.read_bytes()
+
+
+def test_updated_weights_are_a_sparse_checkpoint(
+    tmp_path: Path, base_folder: Path, text: Path, run: Run
+) -> None:
+    options = f"--method sparsegpt --samples 4 --length 16 --update-weights {tmp_path / 'sparse'}".split()
+    assert run("prune", base_folder, "--data", text, *options)[0] == 0
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    for layer in maskable(sparse).values():
+        assert ((layer.weight != 0).view(layer.out_features, -1, 4).sum(-1) == 2).all()
+    assert load_base(str(tmp_path / "sparse")).tokenizer.bos_token == "<s>"
+
+
+def test_inspect_tells_what_the_file_holds(
+    mask: Path, base_folder: Path, figures: Callable[..., Any]
+) -> None:
+    told = figures("inspect", mask)
+    assert told["sha256"] == hashlib.sha256(mask.read_bytes()).hexdigest()
+    assert told["base"] == load_base(str(base_folder)).base.fingerprint
+    assert (told["n"], told["m"]) == (2, 4)
+    # a block: q and o 16 x 16, k and v 8 x 16, gate and up 24 x 16, down 16 x 24
+    assert told["weights"] == 2 * (2 * 256 + 2 * 128 + 3 * 384)
+    # rows of 16 weights are 4 groups in 2 bytes, rows of 24 are 6 groups in 2 bytes
+    assert told["bits_per_weight"] == round(8 * 2 * 2 * (16 + 16 + 8 + 8 + 24 + 24 + 16) / 3840, 4)
+    assert told["layers"]["model.layers.1.mlp.down_proj"] == [16, 24]
+    assert len(told["layers"]) == 14
+
+
+def test_eval_measures_dense_and_each_mask_under_a_protocol(
+    mask: Path, base_folder: Path, text: Path, run: Run, figures: Callable[..., Any]
+) -> None:
+    base = load_base(str(base_folder))
+    stretch = windows(load_tokens(base.tokenizer, [str(text)]), 32)
+    dense = perplexity(base.model, stretch)
+    for name, layer in maskable(base.model).items():
+        layer.weight.masked_fill_(~maskset.load(mask).mask(name), 0)
+    sparse = perplexity(base.model, stretch)
+
+    command = ("eval", base_folder, "--data", text, "--length", 32, "--mask", mask)
+    told = figures(*command)
+    assert [row["mask"] for row in told["rows"]] == ["dense", str(mask)]
+    assert [row["perplexity"] for row in told["rows"]] == pytest.approx([dense, sparse])
+    # forty documents of one <s> and fifty words: 2040 tokens
+    assert "63 windows of 32" in told["protocol"]
+
+    _, out, _ = run(*command)
+    assert [line.split() for line in out.splitlines()[:3]] == [
+        ["mask", "perplexity"],
+        ["dense", f"{dense:.3f}"],
+        [str(mask), f"{sparse:.3f}"],
+    ]
+    assert out.splitlines()[3] == told["protocol"]
+
+
+def test_several_files_follow_one_flag_or_each_have_their_own(
+    base_folder: Path, text: Path, figures: Callable[..., Any]
+) -> None:
+    twice = figures("eval", base_folder, "--length", 32, "--data", text, text)
+    assert "127 windows" in twice["protocol"]
+    assert figures("eval", base_folder, "--length", 32, "--data", text, "--data", text) == twice
+
+
+def test_diff_finds_nothing_between_a_mask_and_itself(
+    mask: Path, run: Run, figures: Callable[..., Any]
+) -> None:
+    told = figures("diff", mask, mask)
+    assert told["total"] == {"changed": 0, "jaccard": 1, "groups": 3840 // 4}
+    assert len(told["layers"]) == 14
+    last = run("diff", mask, mask)[1].splitlines()[-1]
+    assert last.split() == ["total", "0.00%", "1.0000", "960"]
+
+
+def test_verify_knows_a_whole_mask_of_this_base_from_any_other(
+    mask: Path, tmp_path: Path, base_folder: Path, run: Run
+) -> None:
+    code, out, _ = run("verify", mask, "--base", base_folder, "--json")
+    assert (code, json.loads(out)["ok"]) == (0, True)
+
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(other)
+    code, out, err = run("verify", mask, "--base", other, "--json")
+    assert (code, json.loads(out)["problem"]) == (1, "WrongBase")
+    assert "was made for base" in err
+
+    mask.write_bytes(mask.read_bytes()[:-1])
+    code, out, err = run("verify", mask)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+
+
+def test_wrong_input_is_one_clear_line_and_exit_code_1(
+    tmp_path: Path, base_folder: Path, text: Path, run: Run
+) -> None:
+    out = tmp_path / "out.safetensors"
+    prune = ("prune", base_folder, "--out", out, "--data", text)
+    for command, message in [
+        (("inspect", tmp_path / "nope"), "No such file"),
+        (("inspect", tmp_path), "Is a directory"),
+        (("inspect", text), "is not a mask file"),
+        (("eval", tmp_path, "--data", text), "no model.safetensors in"),
+        (("eval", base_folder, "--data", tmp_path / "nope.txt"), "no such text"),
+        (("eval", base_folder, "--data", f"hf:{tmp_path}/nope"), "cannot be read"),
+        (
+            ("eval", base_folder, "--data", text, "--length", 513),
+            "longer than the base's context: --length 512",
+        ),
+        (("eval", base_folder, "--data", text, "--mask", text), "is not a mask file"),
+        ((*prune, "--n", 4), "no pattern 4:4"),
+        ((*prune, "--m", 5), "no multiple of 5"),
+        ((*prune, "--include", "*.nope"), "matches no layer"),
+    ]:
+        code, printed, err = run(*command)
+        assert (code, printed, len(err.splitlines())) == (1, "", 1), err
+        assert message in err
+        assert err.startswith(f"maskllm {command[0]}: ")
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_said_so(base_folder: Path, text: Path, run: Run) -> None:
+    code, _, err = run("eval", base_folder, "--data", text, "--device", "cuda:1")
+    assert (code, err) == (1, "maskllm eval: there is no cuda:1 here: leave --device out, or say cpu\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "subcommand is required"),
+        ("shrink", "invalid choice: 'shrink'"),
+        ("prune base --out a --data b --colour red", "unrecognized arguments: --colour"),
+        ("prune base --out a --data b --method best", "--method: Input should be 'magnitude'"),
+        ("prune base --out a --data b --samples 0", "--samples: Input should be greater than 0"),
+        ("prune base --data b", "give either --out FILE or --update-weights FOLDER"),
+        ("prune base --out a", "--method wanda needs --data"),
+        (
+            "prune base --data b --update-weights c",
+            "--update-weights goes with --method sparsegpt, not wanda",
+        ),
+        ("eval base", "--data is missing"),
+        ("eval base --data b --device tpu", "--device: String should match"),
+        ("verify", "the following arguments are required: FILE"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(command: str, message: str, run: Run) -> None:
+    code, out, err = run(*command.split())
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+COMMANDS: dict[str, type[BaseModel]] = {
+    "prune": cli.Prune,
+    "learn": cli.Learn,
+    "eval": cli.Eval,
+    "inspect": cli.Inspect,
+    "verify": cli.Verify,
+    "diff": cli.Diff,
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_in_the_help_runs_as_printed(
+    name: str,
+    run: Run,
+    tmp_path: Path,
+    base_folder: Path,
+    text: Path,
+    mask: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(base_folder, tmp_path / "examples/demo/base")
+    for known in "general", "legal":
+        (tmp_path / "examples/demo/masks").mkdir(exist_ok=True)
+        shutil.copy(mask, tmp_path / f"examples/demo/masks/{known}.safetensors")
+    for file in "README.md", "LICENSE":
+        shutil.copy(text, tmp_path / file)
+    monkeypatch.chdir(tmp_path)
+    code, help_, _ = run(name, "--help")
+    assert code == 0
+    example = re.search(rf"maskllm ({name} examples(?:.*\\\n)*.*)", help_)
+    assert example
+    code, out, err = run(*shlex.split(example[1].replace("\\\n", "")), "--json")
+    assert code == 0, err
+    assert json.loads(out)
+
+
+def test_help_is_quick_because_torch_is_not_imported() -> None:
+    script = """if True:
+        import sys
+        from maskllm.cli import main
+        try:
+            main(["--help"])
+        finally:
+            print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for command in [*COMMANDS, "serve"]:
+        assert command in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_serve_hands_every_argument_to_the_server(tmp_path: Path) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server/__main__.py").write_text("import sys; print(sys.argv[1:])")
+    command = [sys.executable, "-m", "maskllm.cli", "serve", "--port", "9000", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "['--port', '9000', '--help']\n"
