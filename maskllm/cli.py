@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         return _complain(args, _wrong_options(error), 2)
     except SettingsError as error:
-        return _complain(args, str(error), 2)
+        return _complain(args, str(error).removeprefix("Error: "), 2)
     except OSError as error:
         return _complain(args, f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except KeyboardInterrupt as stop:

@@ -55,11 +55,14 @@ def load_tokens(
 
 
 def windows(tokens: Tensor, length: int) -> Tensor:
-    """Non-overlapping windows, (count, length); the tail that fills no window is dropped."""
-    count = len(tokens) // length
-    if count == 0:
-        raise BadData(f"{len(tokens)} tokens are fewer than one window of {length}: give more text")
-    return tokens[: count * length].view(count, length)
+    """Windows in which every token but the first is a target once, (count, length + 1).
+
+    Each holds `length` tokens to read and, one place on, `length` to predict, so neighbours share a
+    token; the tail that fills no window is dropped.
+    """
+    if len(tokens) <= length:
+        raise BadData(f"{len(tokens)} tokens are fewer than one window of {length} + 1: give more text")
+    return tokens.unfold(0, length + 1, length)
 
 
 def sample(tokens: Tensor, length: int, batch: int, generator: torch.Generator) -> Tensor:

@@ -40,7 +40,8 @@ def main() -> None:
             batch=8,
             micro_batch=8,
             length=LENGTH,
-            lr=1e-2,
+            lr=2e-3,
+            weight_reg=0,
             dtype="bfloat16",
         )
         print(name, run(str(HERE / "base"), config))

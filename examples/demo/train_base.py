@@ -160,8 +160,9 @@ def fit(
 @torch.no_grad()
 def perplexities(model: LlamaForCausalLM, valid: dict[str, Tensor]) -> dict[str, float]:
     """Validation perplexity of each domain on its first 24 windows."""
+    valid = {domain: x[:, :-1].to(model.device) for domain, x in valid.items()}
     with torch.autocast(model.device.type, torch.bfloat16):
-        losses = {d: model(x.to(model.device), labels=x.to(model.device)).loss for d, x in valid.items()}
+        losses = {d: model(x, labels=x).loss for d, x in valid.items()}
     return {d: round(math.exp(loss.item()), 2) for d, loss in losses.items()}
 
 

@@ -14,13 +14,13 @@ from maskllm.core.layers import apply_masks
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor, batch: int = 8) -> float:
-    """exp of the mean cross-entropy (nats) of windows (count, length), `length - 1` targets in each.
+    """exp of the mean cross-entropy (nats) over the windows (count, length + 1) of `maskllm.data`.
 
     The model is in evaluation mode and is asked on its own device; losses are float32, their sum float64.
     """
     total = torch.zeros((), dtype=torch.float64)
     for x in torch.split(windows.to(model.device), batch):
-        logits = model(x, use_cache=False).logits[:, :-1].float()
+        logits = model(x[:, :-1], use_cache=False).logits.float()
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
         total += losses.double().sum().cpu()
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
@@ -28,7 +28,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch: int = 8) -> float
 
 def protocol(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> str:
     """How `maskllm.data` and `perplexity` come to their number, in one line to print beside it."""
-    count, length = windows.shape
+    count, length = windows.shape[0], windows.shape[1] - 1
     name = Path(tokenizer.name_or_path).name
     return (
         f"tokenizer {name} ({len(tokenizer)} tokens), {count} windows of {length}, stride {length} "

@@ -143,7 +143,7 @@ def run(model: str, config: LearnConfig) -> Report:
     base = load_base(model, device=config.device)
     _check_length(base.model, config.length)
     text = load_tokens(base.tokenizer, config.data)
-    most = config.heldout_windows * config.length
+    most = config.heldout_windows * config.length + 1
     heldout = torch.cat(
         [windows(load_tokens(base.tokenizer, [s], most), config.length) for s in config.heldout]
     )

@@ -43,10 +43,10 @@ def test_a_tokenizer_without_bos_begins_documents_with_eos(
         load_tokens(PreTrainedTokenizerFast(tokenizer_object=words), [str(file)])
 
 
-def test_windows_follow_each_other_and_the_tail_is_dropped() -> None:
-    assert windows(torch.arange(8), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
-    with pytest.raises(BadData, match="8 tokens are fewer than one window of 9"):
-        windows(torch.arange(8), 9)
+def test_in_windows_every_token_but_the_first_is_a_target_once_and_the_tail_is_dropped() -> None:
+    assert windows(torch.arange(8), 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
+    with pytest.raises(BadData, match=r"8 tokens are fewer than one window of 8 \+ 1"):
+        windows(torch.arange(8), 8)
 
 
 def test_samples_are_pieces_of_the_text_drawn_by_seed() -> None:
