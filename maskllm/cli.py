@@ -115,7 +115,7 @@ class Prune(OnBase):
         import torch
 
         from maskllm.core import maskset
-        from maskllm.data import load_tokens, sample
+        from maskllm.data import load_tokens, sample, source_names
         from maskllm.prune.oneshot import prune
 
         base, calibration = _load(self), None
@@ -125,7 +125,7 @@ class Prune(OnBase):
             tokens = load_tokens(base.tokenizer, self.data)
             draw = torch.Generator().manual_seed(self.seed)
             calibration = sample(tokens, self.length, self.samples, draw)
-            how |= {"data": [_name(source) for source in self.data]}
+            how |= {"data": source_names(self.data)}
             how |= {"samples": self.samples, "length": self.length, "seed": self.seed}
         update = self.update_weights is not None
         masks = prune(
@@ -315,33 +315,19 @@ def _load(command: OnBase) -> "Loaded":
     import torch
     from transformers.utils import logging
 
-    from maskllm.models import load_base
+    from maskllm.models import check_length, load_base
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     gpu = torch.cuda.is_available()
     if not gpu and command.device not in (None, "cpu"):
         raise BadDevice(f"there is no {command.device} here: leave --device out, or say cpu")
     base = load_base(command.model, device=command.device or ("cuda" if gpu else "cpu"))
-    context = getattr(base.model.config.get_text_config(), "max_position_embeddings", command.length)
-    if command.length > context:
-        raise BadLength(
-            f"a window of {command.length} tokens is longer than the base's context: --length {context}"
-        )
+    check_length(base.model, command.length)
     return base
 
 
 class BadDevice(ValueError):
     """A device that this machine does not have."""
-
-
-class BadLength(ValueError):
-    """Windows longer than the base's context."""
-
-
-def _name(source: str) -> str:
-    """A source of text without the machine's folders: `legal-us/train.txt`, `hf:NAME`."""
-    kind, name = ("hf:", source[3:]) if source.startswith("hf:") else ("", source)
-    return kind + "/".join(Path(name).parts[-2:])
 
 
 def _description(file: Path, mask_set: "MaskSet") -> dict[str, Any]:

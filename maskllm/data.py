@@ -65,6 +65,15 @@ def windows(tokens: Tensor, length: int) -> Tensor:
     return tokens.unfold(0, length + 1, length)
 
 
+def source_names(sources: Iterable[str]) -> list[str]:
+    """Sources without the machine's folders, as provenance has them: `legal-us/train.txt`, `hf:NAME`."""
+    names = []
+    for source in sources:
+        kind, name = ("hf:", source[3:]) if source.startswith("hf:") else ("", source)
+        names.append(kind + "/".join(Path(name).parts[-2:]))
+    return names
+
+
 def sample(tokens: Tensor, length: int, batch: int, generator: torch.Generator) -> Tensor:
     """A batch of windows that start anywhere, (batch, length)."""
     if len(tokens) < length:

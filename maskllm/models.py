@@ -35,6 +35,17 @@ def resolve(model: str) -> Path:
         raise BadBase(f"{model!r} is no folder here and cannot be had from the Hugging Face hub") from None
 
 
+class BadLength(ValueError):
+    """Windows longer than the base's context."""
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise BadLength where windows of `length` tokens do not fit the base's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", length)
+    if length > context:
+        raise BadLength(f"windows of {length} tokens are longer than the base's context: --length {context}")
+
+
 def load_base(model: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Loaded:
     """Load a causal LM with every parameter frozen. Raises BadBase where there is none."""
     folder = resolve(model)

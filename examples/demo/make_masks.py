@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of domains")
     parser.add_argument("--out", type=Path, default=HERE / "masks")
     parser.add_argument("--only", nargs="*", default=["general", *DOMAINS], help="masks to learn")
-    parser.add_argument("--steps", type=int, nargs=2, default=[400, 250], help="for general, for each other")
+    parser.add_argument("--steps", type=int, nargs=2, default=[400, 200], help="for general, for each other")
     args = parser.parse_args()
 
     for name in args.only:

@@ -34,7 +34,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of domains")
-    parser.add_argument("--windows", type=int, default=128, help="windows of each domain's test text")
+    parser.add_argument("--windows", type=int, default=64, help="windows of each domain's test text")
     args = parser.parse_args()
 
     model, tokenizer, base = load_base(str(HERE / "base"))

@@ -104,7 +104,7 @@ def soft_mask(logits: Tensor, noise: Noise, n: int, m: int) -> Tensor:
     """The mean of a group's patterns under Gumbel-softmax weights; (patterns, out, in/m) -> (out, in).
 
     Equation 6: softmax((scale * logits + g) / tau). Gumbel noise is -log(-log(u)) of a uniform u, which
-    takes a fifth of the time of `exponential_` on CPU; a u of exactly 0 only rules its pattern out.
+    takes a third of the time of `exponential_` on CPU; a u of exactly 0 only rules its pattern out.
     """
     g = torch.rand(logits.shape, generator=noise.generator, device=logits.device)
     g = g.log_().neg_().log_().neg_()

@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 
 from maskllm.core import maskset
 from maskllm.core.layers import maskable
-from maskllm.data import load_tokens, sample, windows
+from maskllm.data import load_tokens, sample, source_names, windows
 from maskllm.evaluate.perplexity import perplexity, protocol
 from maskllm.learn import checkpoint, priors
 from maskllm.learn.gates import Gate, Noise, install
 from maskllm.learn.progress import Measured, Progress
 from maskllm.learn.schedules import cosine, linear
-from maskllm.models import Loaded, load_base
+from maskllm.models import Loaded, check_length, load_base
 
 METHOD = "maskllm-categorical"
 CALIBRATION = 128
@@ -141,7 +141,7 @@ def run(model: str, config: LearnConfig) -> Report:
         raise CannotLearn(f"{stopped} is of a run that was stopped: go on with --resume, or delete it")
     prior = priors.identify(config.prior)
     base = load_base(model, device=config.device)
-    _check_length(base.model, config.length)
+    check_length(base.model, config.length)
     text = load_tokens(base.tokenizer, config.data)
     most = config.heldout_windows * config.length + 1
     heldout = torch.cat(
@@ -160,8 +160,18 @@ def run(model: str, config: LearnConfig) -> Report:
         base.base,
         config.n,
         config.m,
-        {"method": METHOD, "data": _names(config.data), "text": text_sha256, **settings},
-        {"perplexity": hard.perplexity, "dense": dense, "heldout": _names(config.heldout), "protocol": how},
+        {
+            "method": METHOD,
+            "data": source_names(config.data),
+            "text": text_sha256,
+            **settings,
+        },
+        {
+            "perplexity": hard.perplexity,
+            "dense": dense,
+            "heldout": source_names(config.heldout),
+            "protocol": how,
+        },
     )
     sha256 = maskset.save(mask_set, config.out)
     stopped.unlink(missing_ok=True)
@@ -261,14 +271,3 @@ def after_the_step() -> Iterator[Callable[[], bool]]:
 def _prior(base: Loaded, calibration: Tensor, config: LearnConfig) -> dict[str, Tensor]:
     n, m, include, exclude = config.n, config.m, config.include, config.exclude
     return priors.make(config.prior, base.model, base.base, calibration, n, m, include, exclude)
-
-
-def _check_length(model: PreTrainedModel, length: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", length)
-    if length > context:
-        raise CannotLearn(f"windows of {length} tokens exceed the base's context: --length {context}")
-
-
-def _names(sources: list[str]) -> list[str]:
-    """Sources without the folders of the machine: `legal-us/train.txt`, or `hf:NAME` as it is."""
-    return [s if s.startswith("hf:") else "/".join(Path(s).parts[-2:]) for s in sources]
