@@ -48,11 +48,13 @@ def main() -> None:
             out=Path(scratch) / "stories.safetensors",
             data=[str(text / "train.txt")],
             heldout=[str(text / "valid.txt")],
-            steps=900,
+            steps=600,
+            eval_every=200,
             batch=8,
-            micro_batch=8,
+            micro_batch=2,
             length=LENGTH,
-            lr=1e-2,
+            lr=3e-3,
+            dtype="bfloat16",
         )
         run(str(folder), config)
         learned = maskset.load(config.out, base)
