@@ -39,7 +39,7 @@ def tour(masks: Path) -> None:
     maskllm(f"prune {base} --method wanda {text} --length 128 --out {masks}/wanda.safetensors")
     maskllm(
         f"learn {base} --data LICENSE --heldout README.md --prior {masks}/wanda.safetensors "
-        f"--steps 5 --batch 4 --length 128 --lr 1e-2 --out {masks}/mine.safetensors"
+        f"--steps 5 --batch 4 --length 128 --lr 2e-3 --out {masks}/mine.safetensors"
     )
     maskllm(f"inspect {masks}/mine.safetensors")
     maskllm(f"diff {masks}/wanda.safetensors {masks}/mine.safetensors --json")

@@ -78,7 +78,8 @@ class LearnConfig(BaseModel):
     length: PositiveInt = 4_096
     """Tokens a window."""
     lr: PositiveFloat = 5e-4
-    """Learning rate of the logits, which falls to a tenth along a cosine. Short runs want about 1e-2."""
+    """Learning rate of the logits, which falls to a tenth along a cosine. A few hundred steps want 1e-3
+    to 3e-3."""
     weight_decay: NonNegativeFloat = 0.1
     """AdamW's decay of the logits."""
     tau: tuple[PositiveFloat, PositiveFloat] = (4.0, 0.05)
