@@ -1,5 +1,6 @@
 """A base is its tensors, however they are stored."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def test_the_fingerprint_does_not_depend_on_the_shards(tmp_path: Path, model: Ll
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     assert read_base(tmp_path / "one") == read_base(tmp_path / "many")
+
+
+def test_the_fingerprint_does_not_depend_on_the_order_of_the_index(
+    tmp_path: Path, model: LlamaForCausalLM
+) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    before, index = read_base(tmp_path), tmp_path / "model.safetensors.index.json"
+    entries = json.loads(index.read_text())
+    entries["weight_map"] = dict(reversed(entries["weight_map"].items()))
+    index.write_text(json.dumps(entries))
+    assert read_base(tmp_path) == before
 
 
 def test_one_changed_weight_is_another_base(tmp_path: Path, model: LlamaForCausalLM) -> None:

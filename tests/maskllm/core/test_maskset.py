@@ -119,13 +119,12 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save(a_mask_set(), path)
     good = path.read_bytes()
-    for position in range(len(good)):
-        for bit in range(8):
-            bad = bytearray(good)
-            bad[position] ^= 1 << bit
-            path.write_bytes(bad)
-            with pytest.raises(MaskError):
-                load(path)
+    for flip in range(0, 8 * len(good), 5):  # one or two bits of every byte, and each of the eight in turn
+        bad = bytearray(good)
+        bad[flip // 8] ^= 1 << flip % 8
+        path.write_bytes(bad)
+        with pytest.raises(MaskError):
+            load(path)
 
 
 def test_a_flipped_code_that_is_still_in_range_does_not_match_the_digest(tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ def test_a_few_steps_on_a_real_model_beat_its_magnitude_mask(tmp_path: Path) -> 
     if not SHARED.exists():
         pytest.skip(f"needs the trained model in {SHARED.name}/ beside the repository")
     stories = SHARED / "data/domains/tinystories"
+    (tmp_path / "train.txt").write_text((stories / "train.txt").read_text()[:100_000])
     (tmp_path / "heldout.txt").write_text((stories / "valid.txt").read_text()[:20_000])
     model, tokenizer, _ = load_base(str(SHARED / "data/models/stories260K-hf"))
     heldout = windows(load_tokens(tokenizer, [str(tmp_path / "heldout.txt")]), 128)
@@ -235,7 +236,7 @@ def test_a_few_steps_on_a_real_model_beat_its_magnitude_mask(tmp_path: Path) -> 
         str(SHARED / "data/models/stories260K-hf"),
         LearnConfig(
             out=tmp_path / "a.safetensors",
-            data=[str(stories / "train.txt")],
+            data=[str(tmp_path / "train.txt")],
             heldout=[str(tmp_path / "heldout.txt")],
             prior="magnitude",
             steps=16,
