@@ -74,20 +74,17 @@ def table(content: dict[str, Any]) -> str:
         name, _, column = row["name"].partition(" | ")
         cells.setdefault(name, {})[column or row["unit"]] = row["value"]
     columns = list(dict.fromkeys(column for values in cells.values() for column in values))
-    best = {c: min(v[c] for name, v in cells.items() if name != "dense" and c in v) for c in columns}
     lines = ["| " + " | ".join(["mask", *columns]) + " |", "|---" + "|---:" * len(columns) + "|"]
+    sparse = {c: [v[c] for name, v in cells.items() if name != "dense" and c in v] for c in columns}
     for name, values in cells.items():
-        shown = [f"{values[c]:.2f}" if c in values else "" for c in columns]
-        marked = [
-            f"**{s}**" if s and values[c] == best[c] else s for s, c in zip(shown, columns, strict=True)
-        ]
-        lines.append("| " + " | ".join([name, *marked]) + " |")
+        shown = [_cell(values[column], sparse[column]) if column in values else "" for column in columns]
+        lines.append("| " + " | ".join([name, *shown]) + " |")
     about = f"`{content['command']}`, {content['date']}, {content['machine']}. {content['note']}."
     return "\n".join([*lines, "", about])
 
 
-def _cell(value: float, best: float) -> str:
-    return f"**{value:.2f}**" if value == best else f"{value:.2f}"
+def _cell(value: float, rivals: list[float]) -> str:
+    return f"**{value:.4g}**" if len(rivals) > 1 and value == min(rivals) else f"{value:.4g}"
 
 
 def check() -> int:

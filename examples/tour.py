@@ -36,13 +36,13 @@ def tour(masks: Path) -> None:
         shutil.copy(f"{DEMO}/masks/{name}.safetensors", masks)
 
     text, base = "--data README.md", f"{DEMO}/base"
-    maskllm(f"prune {base} --method wanda {text} --length 128 --out {masks}/wanda.safetensors")
+    maskllm(f"prune {base} --method wanda {text} --length 128 --samples 16 --out {masks}/wanda.safetensors")
     maskllm(
         f"learn {base} --data LICENSE --heldout README.md --prior {masks}/wanda.safetensors "
-        f"--steps 5 --batch 4 --length 128 --lr 2e-3 --out {masks}/mine.safetensors"
+        f"--steps 5 --batch 4 --micro-batch 4 --length 128 --lr 2e-3 --out {masks}/mine.safetensors"
     )
     maskllm(f"inspect {masks}/mine.safetensors")
-    maskllm(f"diff {masks}/wanda.safetensors {masks}/mine.safetensors --json")
+    maskllm(f"diff {masks}/wanda.safetensors {masks}/mine.safetensors")
     maskllm(f"eval {base} {text} --mask {masks}/wanda.safetensors --mask {masks}/mine.safetensors")
     (masks / "mine.safetensors").rename(masks / "mine.later")  # so that the server starts without it
 

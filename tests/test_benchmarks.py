@@ -24,9 +24,9 @@ def test_a_table_has_a_row_for_each_mask_and_marks_the_best_sparse_figure_of_a_c
     assert table(content).splitlines()[:5] == [
         "| mask | law |",
         "|---|---:|",
-        "| dense | 2.00 |",
-        "| legal | **3.00** |",
-        "| code | 4.00 |",
+        "| dense | 2 |",
+        "| legal | **3** |",
+        "| code | 4 |",
     ]
 
 

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from maskllm.data import SEPARATOR, load_tokens, read_documents, sample, windows
 
@@ -64,6 +64,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fit(model.to(device), train, valid, args.minutes * 60, args.lr, args.seed)
 
+    # A model this small rambles at temperature 1; servers take these as their defaults.
+    start = tokenizer.bos_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=start, eos_token_id=start, do_sample=True, temperature=0.6, top_p=0.9
+    )
     model.to("cpu", torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print("saved", args.out)

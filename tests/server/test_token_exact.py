@@ -69,7 +69,8 @@ def is_near_tie(model, ids: list[int]) -> bool:
 
 def compare(model, tokenizer, body, choice) -> str:
     prompt = tokenizer(body["prompt"], return_tensors="pt").input_ids
-    expected = model.generate(prompt, max_new_tokens=body["max_tokens"], do_sample=False, pad_token_id=0)
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "pad_token_id": 0}
+    expected = model.generate(prompt, max_new_tokens=body["max_tokens"], **greedy)
     expected, got = expected[0, prompt.shape[1] :].tolist(), choice["token_ids"]
     if got == expected:
         return "equal"
