@@ -68,16 +68,20 @@ def machine() -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """A topic as a Markdown table with its command under it; the best sparse figure of a column is bold."""
+    """A topic as a Markdown table, its command under it; a column's best sparse perplexity is bold."""
     cells: dict[str, dict[str, float]] = {}
     for row in content["rows"]:
         name, _, column = row["name"].partition(" | ")
         cells.setdefault(name, {})[column or row["unit"]] = row["value"]
     columns = list(dict.fromkeys(column for values in cells.values() for column in values))
     lines = ["| " + " | ".join(["mask", *columns]) + " |", "|---" + "|---:" * len(columns) + "|"]
-    sparse = {c: [v[c] for name, v in cells.items() if name != "dense" and c in v] for c in columns}
+    rivals: dict[str, list[float]] = {column: [] for column in columns}
+    for row in content["rows"]:
+        name, _, column = row["name"].partition(" | ")
+        if name != "dense" and row["unit"] == "perplexity":
+            rivals[column or row["unit"]].append(row["value"])
     for name, values in cells.items():
-        shown = [_cell(values[column], sparse[column]) if column in values else "" for column in columns]
+        shown = [_cell(values[column], rivals[column]) if column in values else "" for column in columns]
         lines.append("| " + " | ".join([name, *shown]) + " |")
     about = f"`{content['command']}`, {content['date']}, {content['machine']}. {content['note']}."
     return "\n".join([*lines, "", about])
