@@ -207,14 +207,12 @@ class Verify(Command):
 
     def run(self) -> None:
         from maskllm.core import maskset
-        from maskllm.core.base import read_base
+        from maskllm.core.base import find, read_base
 
         try:
             mask_set = maskset.load(self.file)
             if self.base:
-                from maskllm.models import resolve
-
-                maskset.verify(mask_set, read_base(resolve(self.base)), self.file.name)
+                maskset.verify(mask_set, read_base(find(self.base)), self.file.name)
         except maskset.MaskError as error:
             if self.as_json:
                 problem = {"problem": type(error).__name__, "message": str(error)}

@@ -2,14 +2,13 @@
 
 import logging
 import sys
-from pathlib import Path
 
 import uvloop
-from huggingface_hub import snapshot_download
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import CliApp
 
-from maskllm.core.base import BadBase, read_base
+from maskllm.core.base import BadBase, find, read_base
 from server.app import create_app
 from server.engine.client import BadOptions, start
 from server.engine.plugin import WrongVLLM
@@ -20,11 +19,7 @@ from server.settings import Settings
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop."""
-    folder = Path(settings.model)
-    if not folder.is_dir():
-        folder = Path(
-            snapshot_download(settings.model, allow_patterns=["*.json", "*.safetensors", "*.model"])
-        )
+    folder = find(settings.model)
     base, metrics = read_base(folder), Metrics()
     async with start(settings, folder, metrics) as (engine, sock):
         masks = Masks(settings.masks, settings.name, base, engine)
@@ -37,11 +32,17 @@ def main() -> None:
     try:
         settings = CliApp.run(Settings)
     except ValidationError as error:
-        sys.exit("\n".join(e["msg"].removeprefix("Value error, ") for e in error.errors()))
+        sys.exit("\n".join(map(_explain, error.errors())))
     try:
         uvloop.run(run(settings))
     except (BadBase, BadOptions, WrongVLLM, OSError) as error:
         sys.exit(f"maskllm serve: {error}")
+
+
+def _explain(error: ErrorDetails) -> str:
+    """What is wrong with which option."""
+    option = f"--{error['loc'][0]}: ".replace("_", "-") if error["loc"] else ""
+    return f"maskllm serve: {option}{error['msg'].removeprefix('Value error, ')}"
 
 
 if __name__ == "__main__":

@@ -15,9 +15,14 @@ from server.engine.client import Engine
 from server.engine.openai import (
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
     answer,
     get_prometheus_registry,
     lifespan,
+    status_of,
+    text_of_tokens,
+    tokens_of_text,
     validate_json_request,
     vllm_version,
 )
@@ -61,15 +66,17 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
         """Resolve the mask, load it if this is its first request, let vLLM answer, say which it was."""
         name = UNKNOWN
         try:
-            mask = masks.resolve(request.model, query=query, body=request.mask, header=header)
-            name = mask.name if mask else DENSE
-            if mask is not None:
+            while mask := masks.resolve(request.model, query=query, body=request.mask, header=header):
+                name = mask.name
                 until_sent.enter_context(engine.using(mask))  # no await since `resolve`
-                await masks.ready(mask)
-            request.model = mask.label if mask else masks.base_name
+                if await masks.ready(mask):
+                    break
+            name = mask.name if mask else DENSE
+            request.model = mask.key if mask else masks.base_name
             response = await answer(request, raw_request)
-        except ServerError as error:
-            metrics.errors.labels(name, error.status).inc()
+        except Exception as error:
+            status = error.status if isinstance(error, ServerError) else status_of(error)
+            metrics.errors.labels(name, status).inc()
             raise
         if response is not None:  # None: the client has gone
             if response.status_code >= 400:
@@ -98,6 +105,21 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
         x_mask: MaskHeader = None,
     ) -> Response:
         return await respond(request, raw_request, mask, x_mask, until_sent)
+
+    @app.post("/tokenize", dependencies=body)
+    async def tokenize(request: TokenizeRequest, raw_request: Request) -> Response:
+        """Every mask has the base's tokenizer."""
+        masks.resolve(request.model)
+        request.model = masks.base_name
+        response: Response = await tokens_of_text(request, raw_request)
+        return response
+
+    @app.post("/detokenize", dependencies=body)
+    async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
+        masks.resolve(request.model)
+        request.model = masks.base_name
+        response: Response = await text_of_tokens(request, raw_request)
+        return response
 
     @app.get("/v1/models")
     async def models(raw_request: Request) -> Any:

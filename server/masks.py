@@ -31,7 +31,7 @@ SUFFIX = ".safetensors"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     """One version of a named mask: a checked file, and the number the engine knows it by."""
 
@@ -39,6 +39,11 @@ class Mask:
     path: Path
     id: int
     mask_set: MaskSet
+
+    @property
+    def key(self) -> str:
+        """What the engine calls this version; unlike the label it is never used twice."""
+        return f"{self.label}#{self.id}"
 
     @property
     def label(self) -> str:
@@ -93,23 +98,28 @@ class Masks:
         asked = {f"the {way}": name for way, name in named.items() if name is not None}
         if model is not None and model != self.base_name:
             base, colon, mask = model.rpartition(":")
-            if base != self.base_name if colon else model not in self.known:
+            if base != self.base_name if colon else model.partition("@")[0] not in self.known:
                 models = ", ".join([self.base_name, *self.known])
                 raise UnknownModel(f"no model {model!r}; known: {models}, {self.base_name}:MASK")
             asked["the model"] = mask
-        if len(set(asked.values())) > 1:
+        meant = {None if name == DENSE else self._get(name) for name in asked.values()}
+        if len(meant) > 1:
             details = ", ".join(f"{way} says {name!r}" for way, name in asked.items())
             raise ContradictingMasks(f"the request names different masks: {details}")
-        name = next(iter(asked.values()), DENSE)
-        return None if name == DENSE else self._get(name)
+        return meant.pop() if meant else None
 
-    async def ready(self, mask: Mask) -> None:
-        """Load a mask on its first use. Raises UnavailableMask, saying why, and changes nothing."""
+    async def ready(self, mask: Mask) -> bool:
+        """Load a mask on its first use; False where it was replaced or removed in the meantime.
+
+        Raises UnavailableMask, saying why, and then changes nothing.
+        """
         if mask.id in self.loaded:
-            return
+            return True
         async with self._locks[mask.name]:
-            if self.known.get(mask.name) is mask:
-                await self._load(mask)
+            if self.known.get(mask.name) is not mask:
+                return False
+            await self._load(mask)
+            return True
 
     async def put(self, name: str, file: str) -> tuple[Mask, bool]:
         """Register and load a mask from a file of the folder; returns it, and whether it is new.
@@ -120,8 +130,8 @@ class Masks:
         async with self._locks[name]:
             mask = await asyncio.to_thread(self._read, name, self._path(file))
             old = self.known.get(name)
-            if old is not None and old.mask_set.sha256 == mask.mask_set.sha256:
-                await self._load(old)
+            same = old is not None and old.mask_set.sha256 == mask.mask_set.sha256
+            if old is not None and same and old.id in self.loaded:
                 return old, False
             await self._load(mask)
             self.known[name] = mask
@@ -132,9 +142,9 @@ class Masks:
 
     async def delete(self, name: str) -> None:
         """Forget a mask at once, and free it when its last request has finished. Keeps the file."""
-        async with self._locks[name]:
+        async with self._locks[name.partition("@")[0]]:
             mask = self._get(name)
-            del self.known[name]
+            del self.known[mask.name]
         await self._unload(mask)
 
     def describe(self, mask: Mask) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Settings(
     def _complete(self) -> Self:
         self.name = self.name or Path(self.model).name
         for option in self.engine:
-            if "lora" in option:
+            if option.startswith("--") and "lora" in option.partition("=")[0]:
                 raise ValueError(f"{option}: LoRA adapters and masks cannot be used together yet")
         if not self.masks.is_dir():
             raise ValueError(f"--masks {self.masks} is not a folder")

@@ -22,6 +22,20 @@ class Base:
     shapes: dict[str, tuple[int, ...]]
 
 
+def find(model: str) -> Path:
+    """The local folder of a model: a folder as it is, a Hugging Face name from cache or hub."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError):
+        raise BadBase(f"{model!r} is no folder here and cannot be had from the Hugging Face hub") from None
+
+
 def read_base(folder: Path) -> Base:
     """Fingerprint a Hugging Face checkpoint folder.
 

@@ -153,6 +153,7 @@ def load(path: Path, base: Base | None = None) -> MaskSet:
     header, tensors = _parse(raw, path.name)
     try:
         n, m, shapes = header["n"], header["m"], {k: (s[0], s[1]) for k, s in header["layers"].items()}
+        base_sha256, provenance, scores = header["base"], header["provenance"], header["scores"]
         patterns.check(n, m)
     except patterns.BadPattern as error:
         raise WrongPattern(f"{path.name}: {error}") from None
@@ -176,16 +177,8 @@ def load(path: Path, base: Base | None = None) -> MaskSet:
             raise CodeOutOfRange(f"{path.name}: layer {layer}: {error}") from None
     if header.get("digest") != _digest(header, tensors):
         raise DamagedMask(f"{path.name}: content and digest differ; make or copy the file again")
-    mask_set = MaskSet(
-        n,
-        m,
-        header["base"],
-        shapes,
-        tensors,
-        header["provenance"],
-        header["scores"],
-        hashlib.sha256(raw).hexdigest(),
-    )
+    sha256 = hashlib.sha256(raw).hexdigest()
+    mask_set = MaskSet(n, m, base_sha256, shapes, tensors, provenance, scores, sha256)
     if base is not None:
         verify(mask_set, base, path.name)
     return mask_set

@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.instrumentator.health import router as health_router
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
-from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
@@ -67,10 +66,12 @@ class MaskedLLM(AsyncLLM):
         begin, last, tokens = time.monotonic(), None, 0
         with self.using(mask_id):
             try:
-                async for output in super().generate(*args, lora_request=lora_request, **kwargs):
-                    last = output
-                    tokens += sum(len(choice.token_ids) for choice in output.outputs)
-                    yield output
+                # Closed before the count drops: an unload must not reach the engine before the abort.
+                async with aclosing(super().generate(*args, lora_request=lora_request, **kwargs)) as outputs:
+                    async for output in outputs:
+                        last = output
+                        tokens += sum(len(choice.token_ids) for choice in output.outputs)
+                        yield output
             finally:
                 self.metrics.finish(_finished(name, begin, last, tokens))
 
@@ -94,14 +95,14 @@ class Engine:
         )
         if not await self.llm.add_lora(request):
             return False
-        self.adapters[mask.label] = request
+        self.adapters[mask.key] = request
         return True
 
     async def unload(self, mask: Mask) -> None:
         """Free a mask that no new request can name, once those in flight are done."""
         while self.llm.in_flight[mask.id]:
             await asyncio.sleep(DRAIN_POLL_S)
-        self.adapters.pop(mask.label, None)
+        self.adapters.pop(mask.key, None)
         await self.llm.remove_lora(mask.id)
 
     def using(self, mask: Mask) -> AbstractContextManager[None]:
@@ -122,7 +123,6 @@ class Engine:
         init_exception_handler(app)
         init_entrypoints_middleware(self.args, app, tasks)
         app.include_router(health_router)
-        app.include_router(tokenize_router)
         await init_app_state(self.llm, app.state, self.args, tasks)
         self.adapters = app.state.openai_serving_models.lora_requests
 
@@ -181,10 +181,21 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
     # The reference operator asks which slots a step uses, which a captured graph cannot.
     args = parser.parse_args([*argv, "--enable-lora", "--enforce-eager", *settings.engine])
     validate_parsed_serve_args(args)
-    if args.tensor_parallel_size > 1 or args.data_parallel_size > 1 or (args.api_server_count or 1) > 1:
-        raise BadOptions("masks need one worker and one API process yet: no tensor or data parallelism")
-    if args.quantization != NAME:
-        raise BadOptions(f"masks need --quantization {NAME}: leave the option out")
+    must = {
+        "quantization": NAME,
+        "worker_extension_cls": ours["worker-extension-cls"],
+        "enforce_eager": True,
+        "served_model_name": [settings.name],
+        # One worker and one API process hold the masks' state yet.
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
+        "api_server_count": 1,
+    }
+    for option, value in must.items():
+        if (given := getattr(args, option)) not in (value, None):
+            hint = "use --name" if option == "served_model_name" else "leave the option out"
+            raise BadOptions(f"--{option.replace('_', '-')} {given} does not work with masks yet: {hint}")
     return args
 
 

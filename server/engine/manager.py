@@ -52,10 +52,11 @@ class MaskManager:
                 prefix, _, leaf = name.rpartition(".")
                 weight = layer.get_parameter("weight")
                 rows, columns = weight.shape
-                sizes = getattr(layer, "output_sizes", [rows])
-                parts = zip(fused.get(leaf, [leaf]), sizes, strict=True)
-                self.layers[name] = layer
-                self.parts[name] = {f"{prefix}.{part}": (size, columns) for part, size in parts}
+                parts = fused.get(leaf, [leaf])
+                # Phi-3's checkpoint is fused itself: three outputs, and still one part.
+                sizes = layer.output_sizes if len(parts) > 1 else [rows]
+                shapes = {f"{prefix}.{p}": (size, columns) for p, size in zip(parts, sizes, strict=True)}
+                self.layers[name], self.parts[name] = layer, shapes
                 layer.register_buffer("slots", allocate(weight, self.slots), persistent=False)
         return model
 

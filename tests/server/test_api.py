@@ -70,6 +70,8 @@ def test_no_mask_and_none_are_the_dense_base(http):
 
 def test_a_mask_can_be_pinned_to_its_content(http):
     assert http.post("/v1/completions", params={"mask": label("legal")}, json=ASK).status_code == 200
+    both = {"params": {"mask": "legal"}, "headers": {"X-Mask": label("legal")}}
+    assert http.post("/v1/completions", json={**ASK, "model": label("legal")}, **both).status_code == 200
     stale = http.post("/v1/completions", params={"mask": "legal@000000000000"}, json=ASK)
     assert stale.status_code == 404
     assert label("legal") in stale.json()["error"]["message"]
@@ -132,6 +134,12 @@ def test_the_chat_template_is_the_question_and_answer_form_of_the_base(http):
     assert (
         tokens == http.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
     )
+
+
+def test_tokenize_takes_every_model_that_is_listed(http):
+    for model in ("base", "legal", "base:legal"):
+        assert http.post("/tokenize", json={"model": model, "prompt": "a"}).status_code == 200
+    assert http.post("/tokenize", json={"model": "nope", "prompt": "a"}).status_code == 404
 
 
 def test_health_and_version_answer(http):
@@ -247,6 +255,37 @@ def test_a_request_in_flight_finishes_on_the_mask_it_began_with(http, client, se
         assert metric(other, "maskllm_packed_bytes", mask="flying") == 0
 
 
+def test_a_mask_put_again_while_its_old_self_drains_still_answers(http, client, server):
+    file = {"json": {"file": "legal.safetensors"}}
+    http.put("/v1/masks/again", **file)
+    long = {**ASK, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+    stream = client.completions.create(model="again", stream=True, **long)
+    next(stream)
+    drain = threading.Thread(target=http.delete, args=["/v1/masks/again"])
+    drain.start()
+    with server.client() as other:
+        while other.get("/v1/masks/again").status_code == 200:
+            pass
+        assert other.put("/v1/masks/again", **file).status_code == 201
+        for _ in stream:
+            pass
+        drain.join(60)
+        assert not drain.is_alive()
+        answer = other.post("/v1/completions", params={"mask": "again"}, json=ASK)
+        assert answer.status_code == 200
+        assert other.delete("/v1/masks/again").status_code == 204
+
+
+def test_a_client_that_leaves_in_the_middle_harms_nobody(http, client):
+    http.put("/v1/masks/left", json={"file": "legal.safetensors"})
+    long = {**ASK, "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+    for _ in range(3):
+        with client.completions.create(model="left", stream=True, **long) as stream:
+            next(stream)
+    assert http.delete("/v1/masks/left").status_code == 204
+    assert http.post("/v1/completions", json=ASK).status_code == 200
+
+
 def test_a_cold_load_that_fails_in_the_engine_is_a_409_and_the_server_lives_on(http, server, client):
     """`victim` was registered at start, and is loaded only by its first request."""
     copy = server.masks / "victim.copy"
@@ -289,6 +328,13 @@ def test_every_family_of_the_design_is_exported_by_mask_beside_vllms_own(http):
     assert re.search(r"^maskllm_slots_total 4.0$", text, re.M)
     assert re.search(r"^maskllm_slots_used \d", text, re.M)
     assert "vllm:time_to_first_token_seconds" in text
+
+
+def test_a_prompt_that_is_too_long_is_a_400_and_counted(http):
+    before = metric(http, "maskllm_errors_total", mask="legal", status="400")
+    answer = http.post("/v1/completions", params={"mask": "legal"}, json={**ASK, "prompt": "law " * 2000})
+    assert answer.status_code == 400
+    assert metric(http, "maskllm_errors_total", mask="legal", status="400") == before + 1
 
 
 def test_names_that_clients_invent_never_become_labels(http):

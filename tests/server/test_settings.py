@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -35,6 +36,38 @@ def test_every_option_can_come_from_the_environment(tmp_path, monkeypatch):
 def test_lora_options_are_refused_in_so_many_words(tmp_path, option):
     with pytest.raises(ValidationError, match="LoRA adapters and masks cannot be used together yet"):
         parse("--model", "base", "--masks", str(tmp_path), option)
+
+
+def test_a_value_that_has_lora_in_it_is_nobodys_business(tmp_path):
+    settings = parse("--model", "base", "--masks", str(tmp_path), "--api-key", "floral7")
+    assert settings.engine == ["--api-key", "floral7"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--served-model-name", "prod"],
+            "--served-model-name ['prod'] does not work with masks yet: use --name",
+        ),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 does not work with masks yet"),
+        (["--no-enforce-eager"], "--enforce-eager False does not work with masks yet"),
+    ],
+)
+def test_options_that_masks_cannot_keep_are_refused(tmp_path, options, message):
+    base = Path(__file__).parents[2] / "examples/demo/base"
+    command = [sys.executable, "-m", "server", "--model", str(base), "--masks", str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_what_is_missing_is_named():
+    done = subprocess.run([sys.executable, "-m", "server"], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-2:] == [
+        "maskllm serve: --model: Field required",
+        "maskllm serve: --masks: Field required",
+    ]
 
 
 def test_a_masks_folder_that_is_not_there_is_refused_before_anything_starts(tmp_path):
