@@ -25,6 +25,8 @@ from pydantic_settings import (
     get_subcommand,
 )
 
+from maskllm.learn.config import LearnConfig
+
 if TYPE_CHECKING:
     from maskllm.core.maskset import MaskSet
     from maskllm.models import Loaded
@@ -36,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] == ["serve"]:  # the server has its own options, and maskllm does not know the server
         os.execv(sys.executable, [sys.executable, "-m", "server", *args[1:]])
     try:
-        cli = _cli_with_learn() if args[:1] == ["learn"] else Cli
-        source = CliSettingsSource[Any](cli, add_argument_method=_add_argument)
-        command: Any = get_subcommand(CliApp.run(cli, args, source), cli_exit_on_error=False)
+        source = CliSettingsSource[Any](Cli, add_argument_method=_add_argument)
+        command: Any = get_subcommand(CliApp.run(Cli, args, source), cli_exit_on_error=False)
         command.run()
     except ValidationError as error:
         return _complain(args, _wrong_options(error), 2)
@@ -248,12 +249,21 @@ class Diff(Command):
             _table([("layer", "changed", "jaccard", "groups"), *rows])
 
 
-class Learn(Command):
+class Learn(LearnConfig, Command):
     """Learn a mask by gradient descent through Gumbel-softmax; the base stays frozen.
 
     maskllm learn examples/demo/base --data LICENSE --heldout README.md --prior magnitude \\
       --steps 3 --batch 1 --length 128 --out masks/mine.safetensors
     """
+
+    model: CliPositionalArg[str]
+    """The base: a folder or a Hugging Face name."""
+
+    def run(self) -> None:
+        from maskllm.learn.trainer import run
+
+        config = LearnConfig(**self.model_dump(include=set(LearnConfig.model_fields)))
+        _report(asdict(run(self.model, config)), self.as_json)
 
 
 class Serve(BaseModel):
@@ -286,26 +296,6 @@ class Cli(
     """compare two masks"""
     serve: CliSubCommand[Serve]
     """serve a base and its masks over HTTP"""
-
-
-def _cli_with_learn() -> type[BaseSettings]:
-    """The commands with all of `learn`'s options, which come with torch and everything that learns."""
-    from maskllm.learn.trainer import LearnConfig, run
-
-    class LearnNow(LearnConfig, Command):
-        __doc__ = Learn.__doc__
-
-        model: CliPositionalArg[str]
-        """The base: a folder or a Hugging Face name."""
-
-        def run(self) -> None:
-            config = LearnConfig(**self.model_dump(include=set(LearnConfig.model_fields)))
-            _report(asdict(run(self.model, config)), self.as_json)
-
-    class CliWithLearn(Cli):
-        learn: CliSubCommand[LearnNow]  # type: ignore[assignment]
-
-    return CliWithLearn
 
 
 def _load(command: OnBase) -> "Loaded":

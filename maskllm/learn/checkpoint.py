@@ -1,12 +1,15 @@
 """The state of an unfinished run in one `.safetensors` file, from which it goes on bit for bit.
 
-For each gate its logits, their two AdamW moments and the codes of its prior; the state of every random
-generator; and in the header the step, and what the run depends on: base, training text and settings.
+For each gate its logits, what the optimizer remembers of them, and the codes of its prior; and in the
+header the step, the measurements so far, where the text was, and what the run depends on: base, text and
+settings. Noise needs no state: it is a function of seed, draw and layer. Sharded tensors are saved whole,
+so that a run may go on with another number of processes.
 """
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +17,57 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from maskllm.learn.gates import Gate
+from maskllm.learn.gates import Gate, whole
 
 KEY = "maskllm-checkpoint"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class CannotResume(ValueError):
     """No checkpoint to go on from, one that is damaged, or one of another run."""
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come."""
+
+    step: int
+    text: dict[str, Any]
+    """Where a stream of text stands; empty for text that is held in memory."""
+    history: list[dict[str, Any]]
+    """The measurements so far."""
+
+
 def save(
     path: Path,
     identity: Mapping[str, Any],
-    step: int,
+    position: Position,
     gates: Mapping[str, Gate],
     optimizer: torch.optim.Optimizer,
-    generators: Mapping[str, torch.Generator],
+    write: bool,
 ) -> None:
-    """Write the state after `step` steps whole or not at all; the last one stays until then."""
-    tensors = {f"generator.{name}": generator.get_state() for name, generator in generators.items()}
+    """Write the state whole or not at all; the last one stays until then.
+
+    Every process takes part in gathering what is sharded, and the one told to `write` writes.
+    """
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
     for name, gate in gates.items():
         tensors |= {f"{name}.logits": gate.logits.detach(), f"{name}.prior": gate.prior}
-        tensors |= {f"{name}.{moment}": optimizer.state[gate.logits][moment] for moment in MOMENTS}
+        for key, value in optimizer.state[gate.logits].items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}.optimizer.{key}"] = value
+            else:
+                numbers.setdefault(name, {})[key] = value
+    tensors = {key: whole(tensor) for key, tensor in tensors.items()}
+    if not write:
+        return
+    header = {"position": vars(position), "optimizer": numbers, **identity}
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        safetensors.torch.save_file(tensors, partial, {KEY: json.dumps({"step": step, **identity})})
+        safetensors.torch.save_file(tensors, partial, {KEY: json.dumps(header)})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -51,27 +77,31 @@ def save(
 
 @torch.no_grad()
 def restore(
-    path: Path,
-    identity: Mapping[str, Any],
-    gates: Mapping[str, Gate],
-    optimizer: torch.optim.Optimizer,
-    generators: Mapping[str, torch.Generator],
-) -> int:
-    """Put the saved state back in place, and return how many steps it has behind it."""
+    path: Path, identity: Mapping[str, Any], gates: Mapping[str, Gate], optimizer: torch.optim.Optimizer
+) -> Position:
+    """Put the saved state back in place, and return how far it had come."""
     header, tensors = _read(path)
     for name, now in identity.items():
         if header.get(name) != now:
             raise CannotResume(f"{path} is of another run: {name} was {header.get(name)}, and is {now}")
-    for name, generator in generators.items():
-        generator.set_state(tensors[f"generator.{name}"])
     for name, gate in gates.items():
-        gate.logits.copy_(tensors[f"{name}.logits"])
+        gate.logits.copy_(_sharded_like(tensors[f"{name}.logits"], gate.logits))
         gate.prior.copy_(tensors[f"{name}.prior"])
-        optimizer.state[gate.logits] = {
-            "step": torch.tensor(float(header["step"]), device=gate.logits.device),
-            **{moment: tensors[f"{name}.{moment}"].to(gate.logits.device) for moment in MOMENTS},
+        of_optimizer = f"{name}.optimizer."
+        optimizer.state[gate.logits] = header["optimizer"].get(name, {}) | {
+            key.removeprefix(of_optimizer): _sharded_like(tensor, gate.logits)
+            for key, tensor in tensors.items()
+            if key.startswith(of_optimizer)
         }
-    return int(header["step"])
+    return Position(**header["position"])
+
+
+def _sharded_like(tensor: Tensor, logits: Tensor) -> Tensor:
+    """A tensor where the logits are, and sharded as they are where it has their shape."""
+    tensor = tensor.to(logits.device)
+    if not isinstance(logits, DTensor) or tensor.shape != logits.shape:
+        return tensor
+    return distribute_tensor(tensor, logits.device_mesh, logits.placements)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

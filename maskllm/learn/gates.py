@@ -1,38 +1,53 @@
-"""A frozen linear layer under a mask that learns: MaskLLM's categorical gate (arXiv 2409.17481, 3.2).
+"""A frozen linear layer under a mask that learns (MaskLLM, arXiv 2409.17481, 3.2).
 
-Every group of M weights has C(M,N) logits, one a pattern. They are kept pattern by pattern,
-(patterns, out, in/m), so that the softmax over patterns runs along memory: on CPU twice as fast in
-all as with the patterns innermost.
+A soft mask is a function of the logits and a seed. It is drawn in the forward pass, dropped, and drawn
+again in the backward pass, so that between the two a layer holds its logits and nothing of their size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import comb
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from maskllm.core import patterns
+from maskllm.learn.config import ParameterisationName
+from maskllm.learn.parameterisations import Parameterisation, draw, generator, parameterisation, seed_of
 
 LOGITS_STD = 0.01
-"""Spread of fresh logits; at the first scale, 100, it is about that of the Gumbel noise."""
+"""Spread of fresh logits; at the paper's first scale, 100, it is about that of the Gumbel noise."""
 
 
 @dataclass
-class Noise:
-    """How random the soft masks of all gates are at this step, and the generator they draw from."""
+class Sampling:
+    """What all gates of a model do at this moment; the trainer sets it, the gates read it."""
 
+    seed: int
     scale: float
     tau: float
-    generator: torch.Generator
+    number: int = 0
+    """Of the draw of soft masks, counted over the whole run; with the seed it decides the noise."""
+    mode: Literal["soft", "hard", "dense"] = "soft"
+    """Soft masks to learn, hard ones to measure, none for the dense teacher."""
 
 
 def install(
-    model: nn.Module, layers: Mapping[str, nn.Linear], noise: Noise, n: int, m: int
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    sampling: Sampling,
+    how: ParameterisationName,
+    n: int,
+    m: int,
 ) -> dict[str, "Gate"]:
     """Put a gate in the place of each layer, and return the gates by layer name."""
-    gates = {name: Gate(layer, noise, n, m) for name, layer in layers.items()}
+    asked = parameterisation(how, n, m)
+    gates = {
+        name: Gate(layer, sampling, asked, n, m, index) for index, (name, layer) in enumerate(layers.items())
+    }
     for name, gate in gates.items():
         model.set_submodule(name, gate)
     return gates
@@ -41,44 +56,52 @@ def install(
 class Gate(nn.Module):
     """A linear layer whose weights and bias are frozen and whose mask learns.
 
-    In training mode each forward draws a fresh soft mask, and leaves the squared norm of the weights
-    as masked in `kept`. In evaluation mode the mask is the hard one: each group's likeliest pattern.
+    In soft mode each forward leaves the squared norm of the weights as masked in `kept`.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    bias: nn.Parameter | None
     prior: Tensor
     """Codes of the mask that learning started from, (out, in/m)."""
     kept: Tensor
 
-    def __init__(self, linear: nn.Linear, noise: Noise, n: int, m: int) -> None:
+    def __init__(
+        self, linear: nn.Linear, sampling: Sampling, how: Parameterisation, n: int, m: int, index: int
+    ) -> None:
         super().__init__()
+        linear.requires_grad_(False)
         rows, groups, _ = patterns.split(linear.weight, n, m).shape
         self.in_features, self.out_features, self.n, self.m = linear.in_features, linear.out_features, n, m
-        self.noise = noise
-        self.register_buffer("weight", linear.weight.detach())
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-        logits = torch.empty(comb(m, n), rows, groups, device=linear.weight.device)
-        self.logits = nn.Parameter(logits.normal_(0, LOGITS_STD, generator=noise.generator))
-        self.register_buffer("prior", self.codes())
+        self.sampling, self.how, self.index = sampling, how, index
+        self.weight = linear.weight
+        self.bias = linear.bias
+        device = linear.weight.device
+        logits = torch.empty(rows, how.columns, groups, device=device)
+        logits.normal_(0, LOGITS_STD, generator=generator(seed_of(sampling.seed, index), device))
+        self.logits = nn.Parameter(logits)
+        self.register_buffer("prior", how.codes(logits))
 
     @torch.no_grad()
     def start_from(self, prior: Tensor, strength: float) -> None:
         """Favour the patterns near a prior mask (out, in) bool by `strength` standard deviations."""
         self.prior = patterns.encode(prior, self.n, self.m)
-        self.logits.add_(nearness(prior, self.n, self.m), alpha=strength * LOGITS_STD)
+        self.logits.add_(self.how.nearness(prior), alpha=strength * LOGITS_STD)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if not self.training:
+        now = self.sampling
+        if now.mode == "dense":
+            return F.linear(x, self.weight, self.bias)
+        if now.mode == "hard":
             return F.linear(x, torch.where(self.mask(), self.weight, 0), self.bias)
-        weight = self.weight * soft_mask(self.logits, self.noise, self.n, self.m)
-        self.kept = torch.linalg.vector_norm(weight).square()
-        return F.linear(x, weight, self.bias)
+        seed = seed_of(now.seed, self.index, now.number)
+        mask = partial(draw, self.how, scale=now.scale, tau=now.tau, seed=seed)
+        y: Tensor
+        y, self.kept = SoftMasked.apply(x, self.weight, self.logits, mask)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias
 
     def codes(self) -> Tensor:
         """The likeliest pattern of each group, (out, in/m)."""
-        return self.logits.argmax(0).to(patterns.code_dtype(self.n, self.m))
+        return self.how.codes(whole(self.logits.detach()))
 
     def mask(self) -> Tensor:
         """The hard mask, (out, in) bool."""
@@ -86,28 +109,44 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def confidence(self) -> Tensor:
-        """How likely each group is to draw its likeliest pattern at the present scale, (out, in/m)."""
-        return (self.logits * self.noise.scale).softmax(0).amax(0)
+        """The chance that a weight which the hard mask keeps is drawn at the present scale; mean, ().
+
+        From N/M where nothing is learned to 1 where nothing is left to chance.
+        """
+        soft = self.how.soft(whole(self.logits) * self.sampling.scale, tau=1)
+        return soft[self.mask()].mean()
 
 
-def nearness(prior: Tensor, n: int, m: int) -> Tensor:
-    """How many weights each pattern shares with a prior mask (out, in), beyond the mean overlap N^2/M.
+class SoftMasked(torch.autograd.Function):
+    """x @ (weight * mask(logits))^T, and the squared norm of the masked weight, with the mask recomputed.
 
-    (patterns, out, in/m) fp32: for 2:4, +1 the prior's own pattern, -1 its complement, 0 the others.
-    Equation 9 of the paper prints N/2 for the centre, which is the mean where M = 2N.
+    x (..., in), weight (out, in) frozen, `mask` a differentiable function from logits to (out, in) that
+    gives the same values whenever it is called. Saved for the backward pass are references to the inputs.
     """
-    table = patterns.patterns(n, m).to(prior.device).float()
-    return torch.einsum("pj,ogj->pog", table, patterns.split(prior, n, m).float()) - n * n / m
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, logits: Tensor, mask: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, logits)
+        ctx.mask = mask
+        masked = weight * mask(logits).to(weight.dtype)
+        return F.linear(x, masked), torch.linalg.vector_norm(masked, dtype=logits.dtype).square()
+
+    @staticmethod
+    def backward(ctx: Any, of_y: Tensor, of_kept: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
+        x, weight, logits = ctx.saved_tensors
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            mask = ctx.mask(logits)
+        masked = weight * mask.detach().to(weight.dtype)
+        of_x = of_y @ masked if ctx.needs_input_grad[0] else None
+        of_masked = of_y.flatten(0, -2).mT @ x.flatten(0, -2)
+        of_mask = torch.addcmul(of_masked.to(mask.dtype), masked.to(mask.dtype), 2 * of_kept).mul_(weight)
+        (of_logits,) = torch.autograd.grad(mask, logits, of_mask)
+        return of_x, None, of_logits, None
 
 
-def soft_mask(logits: Tensor, noise: Noise, n: int, m: int) -> Tensor:
-    """The mean of a group's patterns under Gumbel-softmax weights; (patterns, out, in/m) -> (out, in).
-
-    Equation 6: softmax((scale * logits + g) / tau). Gumbel noise is -log(-log(u)) of a uniform u, which
-    takes a third of the time of `exponential_` on CPU; a u of exactly 0 only rules its pattern out.
-    """
-    g = torch.rand(logits.shape, generator=noise.generator, device=logits.device)
-    g = g.log_().neg_().log_().neg_()
-    weights = g.add_(logits, alpha=noise.scale).div_(noise.tau).softmax(0)
-    table = patterns.patterns(n, m).to(logits)
-    return (table.T @ weights.flatten(1)).T.reshape(logits.shape[1], -1)
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over processes gathered on each of them; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

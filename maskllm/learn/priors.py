@@ -1,7 +1,7 @@
 """The mask that learning starts from: one-shot, learned earlier, or none."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast, get_args
 
@@ -33,7 +33,7 @@ def make(
     prior: str,
     model: PreTrainedModel,
     base: Base,
-    calibration: Tensor,
+    calibration: Callable[[], Tensor],
     n: int,
     m: int,
     include: Iterable[str],
@@ -43,7 +43,7 @@ def make(
     if prior == "none":
         return {}
     if prior in NAMES:
-        return prune(model, calibration, cast(Method, prior), n, m, include, exclude)
+        return prune(model, calibration(), cast(Method, prior), n, m, include, exclude)
     mask_set = maskset.load(Path(prior), base)
     maskset.verify(mask_set, base, prior, (n, m))
     layers = maskable(model, include, exclude)

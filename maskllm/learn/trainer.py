@@ -1,253 +1,281 @@
 """Learning one mask: MaskLLM's method (arXiv 2409.17481), its published settings as defaults.
 
-The base is frozen. Every group of weights has logits over its patterns; Gumbel-softmax draws soft masks
-from them, the loss of the model under these masks trains them, and temperature and scale move from
-exploring to deciding. What is measured and saved is the hard mask: the likeliest pattern of each group.
+The base is frozen. Every group of weights has logits over its patterns or its weights; with Gumbel noise
+they give soft masks, the loss of the model under these masks trains them, and temperature and scale move
+from exploring to deciding. What is measured and saved is the hard mask: the likeliest pattern of a group.
 """
 
-import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from maskllm.core import maskset
 from maskllm.core.layers import maskable
-from maskllm.data import load_tokens, sample, source_names, windows
-from maskllm.evaluate.perplexity import perplexity, protocol
-from maskllm.learn import checkpoint, priors
-from maskllm.learn.gates import Gate, Noise, install
-from maskllm.learn.progress import Measured, Progress
-from maskllm.learn.schedules import cosine, linear
-from maskllm.models import Loaded, check_length, load_base
+from maskllm.data import source_names
+from maskllm.learn import checkpoint, priors, tasks
+from maskllm.learn.checkpoint import Position
+from maskllm.learn.config import NOT_THE_RESULT, LearnConfig
+from maskllm.learn.distributed import World, any_of, mean, spread, world
+from maskllm.learn.gates import Gate, Sampling, install, whole
+from maskllm.learn.objective import loss
+from maskllm.learn.progress import Measured, Progress, draw
+from maskllm.learn.schedules import anneal, cosine, linear, passed
+from maskllm.learn.tasks import Batch, Task
 
-METHOD = "maskllm-categorical"
-CALIBRATION = 128
-"""Windows of training text for a one-shot prior."""
 CLIP = 1.0
 """Largest norm of a step's gradient."""
-NOT_THE_RESULT = {
-    "out",
-    "data",
-    "heldout",
-    "heldout_windows",
-    "eval_every",
-    "checkpoint_every",
-    "resume",
-    "log_dir",
-}
-"""Settings that may change when a run is resumed (the text itself may not)."""
-
-
-class LearnConfig(BaseModel):
-    """How to learn one mask. The defaults are the paper's, whose budget is 2.1 billion tokens."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", frozen=True)
-
-    out: Path
-    """Where the mask goes, a .safetensors file; an unfinished run keeps its checkpoint beside it."""
-    data: list[str]
-    """Training text: files, folders of *.txt, or hf:NAME[:SPLIT]."""
-    heldout: list[str]
-    """Text that the hard mask's perplexity is measured on while it learns and when it is done."""
-
-    n: PositiveInt = 2
-    """Weights kept in every group."""
-    m: PositiveInt = 4
-    """Weights in a group."""
-    include: list[str] = []
-    """Globs of layer names to mask; all linear layers of the decoder blocks if there is none."""
-    exclude: list[str] = []
-    """Globs of layer names to leave dense."""
-
-    steps: PositiveInt = 2_000
-    """Optimizer steps."""
-    batch: PositiveInt = 256
-    """Windows a step."""
-    micro_batch: PositiveInt = 1
-    """Windows that share one draw of soft masks and one pass through the model."""
-    length: PositiveInt = 4_096
-    """Tokens a window."""
-    lr: PositiveFloat = 5e-4
-    """Learning rate of the logits, which falls to a tenth along a cosine. A few hundred steps want 1e-3
-    to 3e-3."""
-    weight_decay: NonNegativeFloat = 0.1
-    """AdamW's decay of the logits."""
-    tau: tuple[PositiveFloat, PositiveFloat] = (4.0, 0.05)
-    """Gumbel temperature, first step to last."""
-    scale: tuple[PositiveFloat, PositiveFloat] = (1e2, 5e2)
-    """What the logits are multiplied by before the noise is added, first step to last."""
-    prior: str = "sparsegpt"
-    """What to start from: magnitude, wanda, sparsegpt, none, or a mask file of this base."""
-    prior_strength: NonNegativeFloat = 3.0
-    """How many standard deviations of the logits the prior's patterns are ahead."""
-    weight_reg: NonNegativeFloat = 10.0
-    """Reward for the share of the squared norm of the masked layers that the soft masks keep; falls to 0
-    over the run. The paper's 1e-5 is not divided by that norm: it is 10 here where the norm is 1e6, that
-    of 2.5 billion weights around 0.02."""
-    seed: int = 0
-    """Seed of the text's order, the first logits and the noise."""
-
-    heldout_windows: PositiveInt = 128
-    """Windows measured of each held-out source, from its beginning."""
-    eval_every: PositiveInt = 100
-    """Steps between two measurements of the hard mask."""
-    checkpoint_every: PositiveInt = 500
-    """Steps between two checkpoints."""
-    resume: bool = False
-    """Go on from the checkpoint of a run that was stopped."""
-    log_dir: Path | None = None
-    """Folder for TensorBoard; nothing is written without one."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to learn: cpu, cuda, cuda:1."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrix products compute in while learning; all else, and every measurement, is float32."""
+SETTLED = 1e-3
+"""Share of groups, and of the hard loss, below which a measurement counts as no change."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came out. Perplexities are of the held-out text, under `protocol`."""
+    """What came out. Scores are of the held-out examples, under `protocol`; `loss` is in nats."""
 
     out: str
     sha256: str
     steps: int
-    dense: float
-    perplexity: float
+    """That were made: fewer than asked where the mask settled earlier."""
+    scores: dict[str, float]
+    dense: dict[str, float]
     changed: float
     """Share of groups with another pattern than the prior."""
     protocol: str
 
 
 class CannotLearn(ValueError):
-    """Settings that contradict the base or an earlier run."""
+    """Settings that contradict the base, the processes or an earlier run."""
 
 
 def run(model: str, config: LearnConfig) -> Report:
-    """Learn one mask of a base (a folder or a Hugging Face name) and save it.
+    """Learn one mask of a base (a folder or a Hugging Face name), save it, and draw the run beside it.
 
     Ctrl-C ends the run after the step at hand and leaves a checkpoint to resume from. Raises
-    CannotLearn, CannotResume, NoPrior, and what base, text, layers and prior file raise: all ValueErrors.
+    CannotLearn, CannotResume, NoPrior, and what base, data, layers and prior file raise: all ValueErrors.
     """
     stopped = config.out.with_suffix(".checkpoint")
     if stopped.exists() and not config.resume:
         raise CannotLearn(f"{stopped} is of a run that was stopped: go on with --resume, or delete it")
     prior = priors.identify(config.prior)
-    base = load_base(model, device=config.device)
-    check_length(base.model, config.length)
-    text = load_tokens(base.tokenizer, config.data)
-    most = config.heldout_windows * config.length + 1
-    heldout = torch.cat(
-        [windows(load_tokens(base.tokenizer, [s], most), config.length) for s in config.heldout]
-    )
-    settings = config.model_dump(mode="json", exclude=NOT_THE_RESULT) | {"prior": prior}
-    text_sha256 = hashlib.sha256(text.numpy().data).hexdigest()
+    with world(config.device or ("cuda" if torch.cuda.is_available() else "cpu")) as here:
+        _share_parts(config, here)
+        task = tasks.load(model, config, here.device)
+        settings = config.model_dump(mode="json", exclude=NOT_THE_RESULT) | {"prior": prior}
+        identity = {"base": task.base.fingerprint, "text": task.data_sha256, **settings}
+        dense = task.measure()
+        gates, history = learn(task, config, here, stopped, identity)
 
-    dense = perplexity(base.model, heldout)
-    identity = {"base": base.base.fingerprint, "text": text_sha256, **settings}
-    gates, hard = learn(base, text, heldout, config, stopped, identity)
-
-    how = protocol(base.model, base.tokenizer, heldout)
-    mask_set = maskset.from_masks(
-        {name: gate.mask() for name, gate in gates.items()},
-        base.base,
-        config.n,
-        config.m,
-        {
-            "method": METHOD,
-            "data": source_names(config.data),
-            "text": text_sha256,
-            **settings,
-        },
-        {
-            "perplexity": hard.perplexity,
-            "dense": dense,
-            "heldout": source_names(config.heldout),
-            "protocol": how,
-        },
-    )
-    sha256 = maskset.save(mask_set, config.out)
-    stopped.unlink(missing_ok=True)
-    return Report(str(config.out), sha256, config.steps, dense, hard.perplexity, hard.changed, how)
+        hard = history[-1]
+        mask_set = maskset.from_masks(
+            {name: gate.mask() for name, gate in gates.items()},
+            task.base,
+            config.n,
+            config.m,
+            {
+                "method": f"maskllm-{config.parameterisation}",
+                "data": source_names(config.data),
+                "text": task.data_sha256,
+                **settings,
+                "steps": hard.step,
+            },
+            {
+                task.figure: hard.scores[task.figure],
+                "dense": dense[task.figure],
+                "heldout": source_names(config.heldout),
+                "protocol": task.protocol,
+            },
+        )
+        sha256 = ""
+        if here.first:
+            sha256 = maskset.save(mask_set, config.out)
+            title = f"{config.out.name}: {task.figure} {hard.scores[task.figure]:.4g}, {hard.step} steps"
+            draw(history, task.figure, dense[task.figure], title, config.out.with_suffix(".png"))
+            stopped.unlink(missing_ok=True)
+    return Report(str(config.out), sha256, hard.step, hard.scores, dense, hard.changed, task.protocol)
 
 
 def learn(
-    base: Loaded,
-    text: Tensor,
-    heldout: Tensor,
-    config: LearnConfig,
-    stopped: Path,
-    identity: Mapping[str, Any],
-) -> tuple[dict[str, Gate], Measured]:
-    """The run itself: the gates it leaves in the model, and what their hard masks are worth.
+    task: Task, config: LearnConfig, here: World, stopped: Path, identity: Mapping[str, Any]
+) -> tuple[dict[str, Gate], list[Measured]]:
+    """The run itself: the gates it leaves in the model, and what their hard masks were worth.
 
-    `text` is a row of tokens, `heldout` windows (count, length), `stopped` the checkpoint's file.
+    `stopped` is the checkpoint's file, `identity` what must agree for it to be resumed.
     """
-    model, device = base.model, config.device
-    order = torch.Generator().manual_seed(config.seed)
-    noise = Noise(config.scale[0], config.tau[0], torch.Generator(device).manual_seed(config.seed))
-    prior = {} if config.resume else _prior(base, sample(text, config.length, CALIBRATION, order), config)
-    gates = install(model, maskable(model, config.include, config.exclude), noise, config.n, config.m)
-    for name, mask in prior.items():
-        gates[name].start_from(mask, config.prior_strength)
+    sampling = Sampling(config.seed, config.scale[0], config.tau[0])
+    gates = _install(task, config, sampling)
+    model = spread(task.model, config.parallel, here)
+    blocks = _checkpoint_gradients(task.model) if config.gradient_checkpointing else []
     logits = [gate.logits for gate in gates.values()]
-    optimizer = torch.optim.AdamW(
-        logits, config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
-    )
-    state = gates, optimizer, {"order": order, "noise": noise.generator}
-    first = checkpoint.restore(stopped, identity, *state) if config.resume else 0
-    norm = sum(gate.weight.float().square().sum() for gate in gates.values())
+    optimizer = _optimizer(config, logits)
+    norm = sum(whole(gate.weight).float().square().sum() for gate in gates.values())
+    position, history = Position(0, {}, []), list[Measured]()
+    if config.resume:
+        position = checkpoint.restore(stopped, identity, gates, optimizer)
+        task.restore(position.text)
+        history = [Measured(**measured) for measured in position.history]
+    codes = {name: gate.codes() for name, gate in gates.items()}
 
-    with Progress(first, config.steps, config.log_dir) as progress, after_the_step() as interrupted:
-        for step in range(first, config.steps):
-            noise.tau = linear(step, config.steps, *config.tau)
-            noise.scale = linear(step, config.steps, *config.scale)
-            lr = cosine(step, config.steps, config.lr, config.lr / 10)
-            weight_reg = linear(step, config.steps, config.weight_reg, 0)
-            if step == first or step % config.eval_every == 0:
-                progress.measured(step, measure(model, gates, heldout))
+    def measure(step: int) -> Measured:
+        sampling.mode = "hard"
+        before = dict(codes)
+        codes.update((name, gate.codes()) for name, gate in gates.items())
+        history.append(
+            Measured(
+                step=step,
+                scores=task.measure(),
+                changed=_differ(codes, {name: gate.prior for name, gate in gates.items()}),
+                flipped=_differ(codes, before),
+                confidence={name: float(gate.confidence()) for name, gate in gates.items()},
+            )
+        )
+        progress.measured(history[-1], task.figure)
+        return history[-1]
 
-            for gate in gates.values():
-                gate.train()  # the base stays in evaluation mode: no dropout
-            batch = sample(text, config.length, config.batch, order).to(device)
-            loss = torch.zeros((), device=device)
-            for part in torch.split(batch, config.micro_batch):
-                with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                    part_loss = model(input_ids=part, labels=part, use_cache=False).loss
+    with (
+        Progress(position.step, config.steps, config.log_dir, here.first) as progress,
+        after_the_step() as interrupted,
+    ):
+        for step in range(position.step, config.steps):
+            share = passed(step, config.steps)
+            annealed = passed(step, round(config.steps * config.anneal_share))
+            sampling.tau = anneal(config.schedule, annealed, *config.tau)
+            sampling.scale = anneal(config.schedule, annealed, *config.scale)
+            lr = cosine(share, config.lr, config.lr / 10)
+            weight_reg = linear(share, config.weight_reg, 0)
+            if step % config.eval_every == 0 and (not history or history[-1].step < step):
+                measure(step)
+                if any_of(_settled(history, config.settled), here):
+                    progress.say(f"settled after {step} steps")
+                    break
+
+            step_loss = 0.0
+            for number, part, weight in _parts(task.batch(step), step, config, here):
+                teacher = None
+                if config.distill:
+                    sampling.mode = "dense"
+                    with torch.no_grad():
+                        teacher = task.logits(model, part.inputs)
+                sampling.mode, sampling.number = "soft", number
+                for block in blocks:
+                    block.training = True
+                part_loss = loss(task.logits(model, part.inputs), part.labels, teacher, config.distill)
                 kept = sum(gate.kept for gate in gates.values()) / norm
-                share = len(part) / len(batch)
-                ((part_loss - weight_reg * kept) * share).backward()
-                loss += part_loss.detach() * share
+                torch.autograd.backward((part_loss - weight_reg * kept) * weight)
+                step_loss += float(part_loss.detach()) * weight
             clip_grad_norm_(logits, CLIP)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
+            if step == position.step:
+                progress.say(_memory(gates, optimizer))
             optimizer.zero_grad()
 
-            progress.stepped(step + 1, loss.item(), noise.tau, noise.scale, lr)
-            if interrupted() or (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save(stopped, identity, step + 1, *state)
-            if interrupted():
+            step_loss = mean({"loss": step_loss}, here)["loss"]
+            progress.stepped(step + 1, step_loss, sampling.tau, sampling.scale, lr)
+            stop = any_of(interrupted(), here)
+            if stop or (step + 1) % config.checkpoint_every == 0:
+                now = Position(step + 1, task.state(), [asdict(measured) for measured in history])
+                checkpoint.save(stopped, identity, now, gates, optimizer, here.first)
+            if stop:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; {stopped} has it")
-        hard = measure(model, gates, heldout)
-        progress.measured(config.steps, hard)
-    return gates, hard
+        else:
+            measure(config.steps)
+    return gates, history
 
 
-def measure(model: PreTrainedModel, gates: Mapping[str, Gate], heldout: Tensor) -> Measured:
-    """The hard masks as they are now."""
-    model.train(False)
-    groups = sum(gate.prior.numel() for gate in gates.values())
-    certain = sum(float(gate.confidence().sum()) for gate in gates.values())
-    changed = sum(int((gate.codes() != gate.prior).sum()) for gate in gates.values())
-    return Measured(perplexity(model, heldout), certain / groups, changed / groups)
+def _parts(batch: Batch, step: int, config: LearnConfig, here: World) -> Iterator[tuple[int, Batch, float]]:
+    """This process's micro-batches of a step: the number of the draw, the examples, the weight of the loss.
+
+    Draws are numbered over all processes, so that each has its own noise, and two processes with a
+    micro-batch each do what one does with two. Gradients are averaged over processes, hence the weight.
+    """
+    inputs, labels = (torch.split(tensor, config.micro_batch) for tensor in batch)
+    for index in range(here.rank, len(inputs), here.size):
+        part = Batch(inputs[index].to(here.device), labels[index].to(here.device))
+        yield step * len(inputs) + index, part, len(part.inputs) / len(batch.inputs) * here.size
+
+
+def _share_parts(config: LearnConfig, here: World) -> None:
+    if here.size > 1 and config.batch % (config.micro_batch * here.size):
+        raise CannotLearn(
+            f"a batch of {config.batch} in micro-batches of {config.micro_batch} cannot be shared equally by "
+            f"{here.size} processes: give a multiple of {config.micro_batch * here.size}"
+        )
+
+
+def _install(task: Task, config: LearnConfig, sampling: Sampling) -> dict[str, Gate]:
+    """Gates in the place of the layers, leaning to the prior unless a checkpoint is to be restored."""
+    prior = {}
+    if not config.resume:
+        n, m, rules = config.n, config.m, (config.include, config.exclude)
+        prior = priors.make(config.prior, task.model, task.base, task.calibration, n, m, *rules)
+    layers = maskable(task.model, config.include, config.exclude)
+    gates = install(task.model, layers, sampling, config.parameterisation, config.n, config.m)
+    for name, mask in prior.items():
+        gates[name].start_from(mask, config.prior_strength)
+    return gates
+
+
+def _optimizer(config: LearnConfig, logits: list[nn.Parameter]) -> torch.optim.Optimizer:
+    how: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.95), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(logits, **how, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise CannotLearn("--optimizer adamw8bit needs bitsandbytes: pip install 'maskllm[8bit]'") from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(logits, **how)
+    return optimizer
+
+
+def _checkpoint_gradients(model: PreTrainedModel) -> list[nn.Module]:
+    """Turn gradient checkpointing on; returns the blocks, which do so only while they are in training.
+
+    Nothing inside them is put in training, so that dropout stays off.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _memory(gates: Mapping[str, Gate], optimizer: torch.optim.Optimizer) -> str:
+    """What learning holds beyond the base, right after a step, in bytes a maskable weight."""
+    weights = sum(gate.weight.numel() for gate in gates.values())
+    held: dict[str, list[Any]] = {
+        "logits": [gate.logits for gate in gates.values()],
+        "gradients": [gate.logits.grad for gate in gates.values()],
+        "optimizer": [value for state in optimizer.state.values() for value in state.values()],
+        "prior": [gate.prior for gate in gates.values()],
+    }
+    each = {
+        name: sum(value.nbytes for value in values if isinstance(value, Tensor)) / weights
+        for name, values in held.items()
+    }
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in each.items())
+    return f"memory beyond the base: {sum(each.values()):.2f} bytes a maskable weight ({parts})"
+
+
+def _differ(codes: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    """Share of groups that have another pattern."""
+    differing = sum(int(torch.count_nonzero(codes[name] != others[name])) for name in codes)
+    return differing / sum(tensor.numel() for tensor in codes.values())
+
+
+def _settled(history: list[Measured], looks: int) -> bool:
+    """Whether the last `looks` measurements changed next to nothing; never where `looks` is 0."""
+    if not looks or len(history) <= looks:
+        return False
+    losses = [hard.scores["loss"] for hard in history[-looks - 1 :]]
+    still = max(losses) - min(losses) < SETTLED * losses[-1]
+    return still and all(hard.flipped < SETTLED for hard in history[-looks:])
 
 
 @contextmanager
@@ -267,8 +295,3 @@ def after_the_step() -> Iterator[Callable[[], bool]]:
         yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _prior(base: Loaded, calibration: Tensor, config: LearnConfig) -> dict[str, Tensor]:
-    n, m, include, exclude = config.n, config.m, config.include, config.exclude
-    return priors.make(config.prior, base.model, base.base, calibration, n, m, include, exclude)

@@ -1,4 +1,4 @@
-"""The calibration windows' way through a model, one decoder block at a time.
+"""The calibration examples' way through a model, one decoder block at a time.
 
 The model calls its own blocks, so each gets the attention masks, positions and whatever else its
 architecture hands out. Blocks already passed return what they are given, and the block at hand is fed
@@ -18,7 +18,7 @@ from maskllm.core.layers import decoder_blocks
 
 
 class Walk:
-    """Windows (count, length) on their way through a model in evaluation mode.
+    """Windows of tokens (count, length), or images, on their way through a model in evaluation mode.
 
     They stand before the first block; `groups` and `inputs` look into the block at hand, and `carry`
     takes them through it, as its weights then are, to the next.
@@ -70,7 +70,11 @@ class Walk:
                 block.register_forward_pre_hook(self._feed(index), with_kwargs=True),
                 block.register_forward_hook(self._stop_at_output),
             ):
-                self._model(self._batches[index], use_cache=False)
+                inputs = self._batches[index]
+                if inputs.is_floating_point():
+                    self._model(pixel_values=inputs)
+                else:
+                    self._model(input_ids=inputs, use_cache=False)
         except _Reached as reached:
             return reached
         finally:

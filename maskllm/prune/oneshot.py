@@ -41,7 +41,8 @@ def prune(
 ) -> dict[str, Tensor]:
     """Masks (out, in) bool by layer name, for a model in evaluation mode, made on its device.
 
-    `calibration` holds windows of token ids (count, length); magnitude needs none. Each layer's
+    `calibration` holds windows of token ids (count, length), or images for a classifier; magnitude needs
+    none. Each layer's
     statistics come from what it reads once all before it are pruned. Afterwards the weights are bit
     for bit what they were; with `update_weights` they are SparseGPT's sparse ones instead.
     Raises BadPattern where a layer's width is no multiple of M; NoSuchLayer; BadData.

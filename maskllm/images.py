@@ -1,0 +1,85 @@
+"""Images for a classifier: a folder with one folder of images a class, and the base that reads them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from maskllm.core.base import Base, find, read_base
+from maskllm.data import BadData
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class Classifier(NamedTuple):
+    """A frozen image classifier in evaluation mode, and what turns images into its inputs."""
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    base: Base
+
+
+def is_classifier(model: str) -> bool:
+    """Whether a base (a folder or a Hugging Face name) classifies images, by its own config."""
+    architectures = AutoConfig.from_pretrained(find(model)).architectures or []
+    return any(name.endswith("ForImageClassification") for name in architectures)
+
+
+def load_classifier(model: str, dtype: torch.dtype, device: str) -> Classifier:
+    """Load an image classifier with every parameter frozen. Raises BadBase where there is none."""
+    folder = find(model)
+    base = read_base(folder)
+    loaded = AutoModelForImageClassification.from_pretrained(folder, dtype=dtype)
+    nn.Module.to(loaded, device)
+    loaded.requires_grad_(False)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # type: ignore[no-untyped-call]
+    return Classifier(loaded, processor, base)
+
+
+class Folder:
+    """The images of `FOLDER/CLASS/*.png` (and .jpg, .webp, .bmp), read when they are asked for.
+
+    `labels` is (images,) int64 by the classifier's own numbers. Raises BadData where the folder has no
+    images or a class that the classifier does not know.
+    """
+
+    def __init__(self, processor: BaseImageProcessor, label2id: dict[str, int], folder: Path) -> None:
+        self.processor = processor
+        files = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in ENDINGS)
+        if not files:
+            raise BadData(f"no images in {folder}: put them into {folder}/CLASS/*.png")
+        for name in sorted({file.parent.name for file in files} - label2id.keys()):
+            raise BadData(f"{folder} has a class {name!r}; the base knows {', '.join(label2id)}")
+        self.files = files
+        self.labels = torch.tensor([label2id[file.parent.name] for file in files])
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """Images as the classifier reads them, (images, channels, height, width) float32."""
+        return torch.cat([self._read(self.files[index]) for index in indices])
+
+    def _read(self, file: Path) -> Tensor:
+        try:
+            with Image.open(file) as image:
+                pixels: Tensor = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+                return pixels
+        except UnidentifiedImageError:
+            raise BadData(f"{file} is not an image that Pillow can read") from None
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, folder: Folder, batch: int = 64) -> dict[str, float]:
+    """`loss`, the mean cross-entropy in nats, and `accuracy`, the share of images whose class is first."""
+    loss, right = 0.0, 0
+    for indices in torch.split(torch.arange(len(folder.files)), batch):
+        pixels = folder.pixels(indices.tolist()).to(model.device, model.dtype)
+        labels = folder.labels[indices].to(model.device)
+        logits = model(pixel_values=pixels).logits.float()
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        right += int((logits.argmax(-1) == labels).sum())
+    return {"loss": loss / len(folder.files), "accuracy": right / len(folder.files)}
