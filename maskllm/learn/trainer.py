@@ -10,17 +10,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint as checkpoint_block
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from maskllm.core import maskset
-from maskllm.core.layers import maskable
+from maskllm.core.layers import decoder_blocks, maskable
 from maskllm.data import source_names
 from maskllm.learn import checkpoint, priors, tasks
 from maskllm.learn.checkpoint import Position
@@ -114,7 +115,8 @@ def learn(
     sampling = Sampling(config.seed, config.scale[0], config.tau[0])
     gates = _install(task, config, sampling)
     model = spread(task.model, config.parallel, here)
-    blocks = _checkpoint_gradients(task.model) if config.gradient_checkpointing else []
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(task.model)
     logits = [gate.logits for gate in gates.values()]
     optimizer = _optimizer(config, logits)
     norm = sum(whole(gate.weight).float().square().sum() for gate in gates.values())
@@ -165,11 +167,9 @@ def learn(
                     sampling.mode = "dense"
                     with torch.no_grad():
                         teacher = task.logits(model, part.inputs)
-                sampling.mode, sampling.number = "soft", number
-                for block in blocks:
-                    block.training = True
+                sampling.draw(number)
                 part_loss = loss(task.logits(model, part.inputs), part.labels, teacher, config.distill)
-                kept = sum(gate.kept for gate in gates.values()) / norm
+                kept = sum(sampling.kept.values()) / norm
                 torch.autograd.backward((part_loss - weight_reg * kept) * weight)
                 step_loss += float(part_loss.detach()) * weight
             clip_grad_norm_(logits, CLIP)
@@ -237,13 +237,13 @@ def _optimizer(config: LearnConfig, logits: list[nn.Parameter]) -> torch.optim.O
     return optimizer
 
 
-def _checkpoint_gradients(model: PreTrainedModel) -> list[nn.Module]:
-    """Turn gradient checkpointing on; returns the blocks, which do so only while they are in training.
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Compute each block again going backwards instead of keeping what it did.
 
-    Nothing inside them is put in training, so that dropout stays off.
+    transformers' own switch works only in training mode, where OPT, Falcon and others drop out.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in decoder_blocks(model).values():
+        block.forward = partial(checkpoint_block, block.forward, use_reentrant=False)
 
 
 def _memory(gates: Mapping[str, Gate], optimizer: torch.optim.Optimizer) -> str:
