@@ -300,22 +300,14 @@ class Cli(
 
 def _load(command: OnBase) -> "Loaded":
     """The base on its device, with a context long enough for the windows asked for."""
-    import torch
     from transformers.utils import logging
 
-    from maskllm.models import check_length, load_base
+    from maskllm.models import check_length, choose_device, load_base
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    gpu = torch.cuda.is_available()
-    if not gpu and command.device not in (None, "cpu"):
-        raise BadDevice(f"there is no {command.device} here: leave --device out, or say cpu")
-    base = load_base(command.model, device=command.device or ("cuda" if gpu else "cpu"))
+    base = load_base(command.model, device=choose_device(command.device))
     check_length(base.model, command.length)
     return base
-
-
-class BadDevice(ValueError):
-    """A device that this machine does not have."""
 
 
 def _description(file: Path, mask_set: "MaskSet") -> dict[str, Any]:

@@ -65,6 +65,8 @@ class Gate(nn.Module):
     bias: nn.Parameter | None
     prior: Tensor
     """Codes of the mask that learning started from, (out, in/m)."""
+    seen: Tensor
+    """Codes of the hard mask when it was last measured; of the prior before that."""
 
     def __init__(
         self, linear: nn.Linear, sampling: Sampling, how: Parameterisation, n: int, m: int, index: int
@@ -81,11 +83,12 @@ class Gate(nn.Module):
         logits.normal_(0, LOGITS_STD, generator=generator(seed_of(sampling.seed, index), device))
         self.logits = nn.Parameter(logits)
         self.register_buffer("prior", how.codes(logits))
+        self.register_buffer("seen", self.prior)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor, strength: float) -> None:
         """Favour the patterns near a prior mask (out, in) bool by `strength` standard deviations."""
-        self.prior = patterns.encode(prior, self.n, self.m)
+        self.prior = self.seen = patterns.encode(prior, self.n, self.m)
         self.logits.add_(self.how.nearness(prior), alpha=strength * LOGITS_STD)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from maskllm.learn.objective import loss
 from maskllm.learn.progress import Measured, Progress, draw
 from maskllm.learn.schedules import anneal, cosine, linear, passed
 from maskllm.learn.tasks import Batch, Task
+from maskllm.models import choose_device
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
@@ -62,13 +63,14 @@ def run(model: str, config: LearnConfig) -> Report:
     """Learn one mask of a base (a folder or a Hugging Face name), save it, and draw the run beside it.
 
     Ctrl-C ends the run after the step at hand and leaves a checkpoint to resume from. Raises
-    CannotLearn, CannotResume, NoPrior, and what base, data, layers and prior file raise: all ValueErrors.
+    CannotLearn, CannotResume, NoPrior, and what device, base, data, layers and prior file raise: all
+    ValueErrors.
     """
     stopped = config.out.with_suffix(".checkpoint")
     if stopped.exists() and not config.resume:
         raise CannotLearn(f"{stopped} is of a run that was stopped: go on with --resume, or delete it")
     prior = priors.identify(config.prior)
-    with world(config.device or ("cuda" if torch.cuda.is_available() else "cpu")) as here:
+    with world(choose_device(config.device)) as here:
         _share_parts(config, here)
         task = tasks.load(model, config, here.device)
         settings = config.model_dump(mode="json", exclude=NOT_THE_RESULT) | {"prior": prior}
@@ -125,21 +127,21 @@ def learn(
         position = checkpoint.restore(stopped, identity, gates, optimizer)
         task.restore(position.text)
         history = [Measured(**measured) for measured in position.history]
-    codes = {name: gate.codes() for name, gate in gates.items()}
 
     def measure(step: int) -> Measured:
         sampling.mode = "hard"
-        before = dict(codes)
-        codes.update((name, gate.codes()) for name, gate in gates.items())
+        codes = {name: gate.codes() for name, gate in gates.items()}
         history.append(
             Measured(
                 step=step,
                 scores=task.measure(),
                 changed=_differ(codes, {name: gate.prior for name, gate in gates.items()}),
-                flipped=_differ(codes, before),
+                flipped=_differ(codes, {name: gate.seen for name, gate in gates.items()}),
                 confidence={name: float(gate.confidence()) for name, gate in gates.items()},
             )
         )
+        for name, gate in gates.items():
+            gate.seen = codes[name]
         progress.measured(history[-1], task.figure)
         return history[-1]
 
@@ -253,7 +255,7 @@ def _memory(gates: Mapping[str, Gate], optimizer: torch.optim.Optimizer) -> str:
         "logits": [gate.logits for gate in gates.values()],
         "gradients": [gate.logits.grad for gate in gates.values()],
         "optimizer": [value for state in optimizer.state.values() for value in state.values()],
-        "prior": [gate.prior for gate in gates.values()],
+        "codes": [codes for gate in gates.values() for codes in (gate.prior, gate.seen)],
     }
     each = {
         name: sum(value.nbytes for value in values if isinstance(value, Tensor)) / weights
