@@ -123,7 +123,7 @@ def test_the_real_wikitext2_has_the_rows_of_the_dataset() -> None:
     if not file.exists():
         pytest.skip("needs ../shared/data, which is not part of this repository")
     text = wikitext2([str(file)])
-    # 4,358 rows; with GPT-2's tokenizer 287,644 tokens, which is what Hugging Face's guide counts
+    # 4,358 rows; with GPT-2's tokenizer 287,644 tokens, as in public logs of its perplexity: (287644 > 1024)
     assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
     rows = [line if line.strip() else "" for line in file.read_text().split("\n")[:-1]]
     assert len(rows) == 4358
