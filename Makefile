@@ -7,7 +7,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: serve test gpu check tour table bench-check readme clean
+.PHONY: serve test gpu check tour table quality bench-check readme clean
 
 serve: .venv/$(ENGINE)  ## Serve the demo base and its masks
 	$(BIN)/maskllm serve --model examples/demo/base --masks examples/demo/masks --host $(HOST) --port $(PORT) $(ARGS)
@@ -30,6 +30,10 @@ tour: .venv/$(ENGINE)  ## Prune, learn, inspect, evaluate, serve, ask, swap, sto
 
 table: .venv/$(ENGINE)  ## Measure the demo's masks on every domain and rewrite the README's tables
 	$(BIN)/python examples/demo/table.py --data $(DATA)/domains
+	$(BIN)/python benchmarks/report.py readme
+
+quality: .venv/$(ENGINE)  ## Learn every published mask for three seeds, measure them, rewrite the README's tables
+	$(BIN)/python benchmarks/quality.py --data $(DATA)
 	$(BIN)/python benchmarks/report.py readme
 
 bench-check: .venv/$(ENGINE)  ## Print every published figure that misses its `must`

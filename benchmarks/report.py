@@ -43,13 +43,14 @@ class Row:
         return self.value > self.must if self.better == "lower" else self.value < self.must
 
 
-def write(topic: str, command: str, rows: list[Row], note: str = "") -> None:
-    """Write benchmarks/TOPIC.json and print its table."""
+def write(topic: str, command: str, rows: list[Row], note: str = "", of: str = "mask") -> None:
+    """Write benchmarks/TOPIC.json and print its table, whose rows are each `of` something."""
     content = {
         "command": command,
         "machine": machine(),
         "date": date.today().isoformat(),
         "note": note,
+        "of": of,
         "rows": [asdict(row) for row in rows],
     }
     (HERE / f"{topic}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -74,7 +75,10 @@ def table(content: dict[str, Any]) -> str:
         name, _, column = row["name"].partition(" | ")
         cells.setdefault(name, {})[column or row["unit"]] = row["value"]
     columns = list(dict.fromkeys(column for values in cells.values() for column in values))
-    lines = ["| " + " | ".join(["mask", *columns]) + " |", "|---" + "|---:" * len(columns) + "|"]
+    lines = [
+        "| " + " | ".join([content.get("of", "mask"), *columns]) + " |",
+        "|---" + "|---:" * len(columns) + "|",
+    ]
     rivals: dict[str, list[float]] = {column: [] for column in columns}
     for row in content["rows"]:
         name, _, column = row["name"].partition(" | ")

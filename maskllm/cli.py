@@ -69,9 +69,9 @@ class OnBase(Command):
     model: CliPositionalArg[str]
     """The base: a folder or a Hugging Face name."""
     data: list[str] = []
-    """Text files, folders of *.txt, or hf:NAME[:SPLIT]."""
-    length: Annotated[int, Field(ge=2)] = 512
-    """Tokens in a window."""
+    """Text files, JSON lines, folders of *.txt and *.jsonl, or hf:NAME[:SPLIT[:CONFIG]]."""
+    columns: Annotated[list[str], Field(min_length=1)] = ["text"]
+    """Fields of a JSON line or dataset row that make a document, joined by a line break."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None = None
     """cpu, cuda or cuda:1; a GPU if there is one."""
 
@@ -89,6 +89,8 @@ class Prune(OnBase):
     """Weights kept in each group."""
     m: PositiveInt = 4
     """Weights in a group."""
+    length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a window."""
     samples: PositiveInt = 128
     """Windows of text to calibrate on, drawn at random."""
     seed: NonNegativeInt = 0
@@ -117,13 +119,15 @@ class Prune(OnBase):
 
         from maskllm.core import maskset
         from maskllm.data import load_tokens, sample, source_names
+        from maskllm.models import check_length
         from maskllm.prune.oneshot import prune
 
         base, calibration = _load(self), None
         rules = {"include": self.include, "exclude": self.exclude}
         how: dict[str, Any] = {"method": self.method, **{k: v for k, v in rules.items() if v}}
         if self.method != "magnitude":
-            tokens = load_tokens(base.tokenizer, self.data)
+            check_length(base.model, self.length)
+            tokens = load_tokens(base.tokenizer, self.data, columns=self.columns)
             draw = torch.Generator().manual_seed(self.seed)
             calibration = sample(tokens, self.length, self.samples, draw)
             how |= {"data": source_names(self.data)}
@@ -143,41 +147,68 @@ class Prune(OnBase):
 
 
 class Eval(OnBase):
-    """Measure perplexity, dense and under masks, and print the protocol with it.
+    """Measure perplexity and zero-shot accuracy, dense and under masks, and print the protocol with them.
 
     maskllm eval examples/demo/base --data README.md --mask examples/demo/masks/general.safetensors
     """
 
     mask: list[str] = []
     """Mask files; each adds a row."""
+    protocol: Annotated[str, Field(pattern=r"^(windows:|wikitext2-)\d+$")] = "windows:512"
+    """windows:N, or wikitext2-N as papers have it (--data wiki.test.raw, or without --data from the hub)."""
+    tasks: list[str] = []
+    """Tasks of lm-evaluation-harness, and local_hellaswag, local_piqa, local_arc_easy, local_arc_challenge,
+    local_openbookqa; each adds its accuracies."""
+    tasks_data: Path | None = None
+    """The folder of the local tasks' JSON lines."""
+    limit: PositiveInt | None = None
+    """Items of each task, from its first; all without it."""
+    markdown: bool = False
+    """Print a Markdown table."""
 
     @model_validator(mode="after")
-    def _has_text(self) -> Self:
-        if not self.data:
-            raise ValueError("--data is missing: text to measure on")
+    def _agree(self) -> Self:
+        if not self.data and not self.protocol.startswith("wikitext2-"):
+            if not self.tasks:
+                raise ValueError("--data is missing: text to measure on")
+            if "protocol" in self.model_fields_set:
+                raise ValueError(f"--protocol {self.protocol} needs --data to measure on")
+        if not self.tasks and (self.tasks_data or self.limit):
+            raise ValueError("--tasks-data and --limit go with --tasks")
+        if self.markdown and self.as_json:
+            raise ValueError("give either --json or --markdown")
         return self
 
     def run(self) -> None:
         from maskllm.core import maskset
-        from maskllm.data import load_tokens, windows
-        from maskllm.evaluate.perplexity import masked, perplexity, protocol
+        from maskllm.evaluate import protocols
+        from maskllm.evaluate.perplexity import masked, perplexity
 
         base = _load(self)
         mask_sets = {file: maskset.load(Path(file), base.base) for file in self.mask}
-        text = windows(load_tokens(base.tokenizer, self.data), self.length)
-        how = protocol(base.model, base.tokenizer, text)
-        perplexities = {"dense": perplexity(base.model, text)}
-        for file, mask_set in mask_sets.items():
-            with masked(base.model, mask_set.masks()):
-                perplexities[file] = perplexity(base.model, text)
+        rows: dict[str, dict[str, Any]] = {name: {} for name in ("dense", *mask_sets)}
+        text, how = None, {}
+        if self.data or self.protocol.startswith("wikitext2-"):
+            text, how["protocol"] = protocols.read(self.protocol, base, self.data, self.columns)
+        if self.tasks:
+            from maskllm.evaluate.zeroshot import accuracies
+
+            accurate = accuracies(base, mask_sets, self.tasks, self.tasks_data, self.limit)
+            how["tasks_protocol"] = accurate.protocol
+            for name, tasks in accurate.rows.items():
+                rows[name]["tasks"] = tasks
+        if text is not None:
+            rows["dense"]["perplexity"] = perplexity(base.model, text)
+            for file, mask_set in mask_sets.items():
+                with masked(base.model, mask_set.masks()):
+                    rows[file]["perplexity"] = perplexity(base.model, text)
         if self.as_json:
-            rows = [{"mask": mask, "perplexity": value} for mask, value in perplexities.items()]
-            _report({"model": self.model, "protocol": how, "rows": rows}, True)
+            named = [{"mask": name, **figures} for name, figures in rows.items()]
+            _report({"model": self.model, **how, "rows": named}, True)
         else:
-            _table(
-                [("mask", "perplexity"), *((mask, f"{value:.3f}") for mask, value in perplexities.items())]
-            )
-            print(how)
+            cells = [{"mask": name, **_columns(figures)} for name, figures in rows.items()]
+            _table([list(cells[0]), *(list(row.values()) for row in cells)], self.markdown)
+            print("\n".join(["", *how.values()] if self.markdown else how.values()))
 
 
 class Inspect(Command):
@@ -299,15 +330,13 @@ class Cli(
 
 
 def _load(command: OnBase) -> "Loaded":
-    """The base on its device, with a context long enough for the windows asked for."""
+    """The base on its device."""
     from transformers.utils import logging
 
-    from maskllm.models import check_length, choose_device, load_base
+    from maskllm.models import choose_device, load_base
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    base = load_base(command.model, device=choose_device(command.device))
-    check_length(base.model, command.length)
-    return base
+    return load_base(command.model, device=choose_device(command.device))
 
 
 def _description(file: Path, mask_set: "MaskSet") -> dict[str, Any]:
@@ -344,8 +373,20 @@ def _rows(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield prefix + key, f"{value:.4g}" if isinstance(value, float) else text
 
 
-def _table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell."""
+def _columns(figures: Mapping[str, Any]) -> dict[str, str]:
+    """A row of `eval` as cells: the perplexity, then `<task> acc` and `<task> acc_norm`."""
+    cells = {"perplexity": f"{figures['perplexity']:.3f}"} if "perplexity" in figures else {}
+    for task, accuracies in figures.get("tasks", {}).items():
+        cells |= {f"{task} {name}": f"{value:.4f}" for name, value in accuracies.items()}
+    return cells
+
+
+def _table(rows: Sequence[Sequence[str]], markdown: bool = False) -> None:
+    """Columns as wide as their widest cell; in Markdown all but the first to the right."""
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        print("\n".join([lines[0], f"|---|{'---:|' * (len(rows[0]) - 1)}", *lines[1:]]))
+        return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

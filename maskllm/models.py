@@ -37,11 +37,11 @@ def choose_device(asked: str | None) -> str:
     return asked or ("cuda" if gpu else "cpu")
 
 
-def check_length(model: PreTrainedModel, length: int) -> None:
-    """Raise BadLength where windows of `length` tokens do not fit the base's context."""
+def check_length(model: PreTrainedModel, length: int, option: str = "--length ") -> None:
+    """Raise BadLength where windows of `length` tokens do not fit the base's context; `option` sets them."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", length)
     if length > context:
-        raise BadLength(f"windows of {length} tokens are longer than the base's context: --length {context}")
+        raise BadLength(f"windows of {length} tokens are longer than the base's context: {option}{context}")
 
 
 def load_base(model: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Loaded:

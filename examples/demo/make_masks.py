@@ -3,18 +3,47 @@
     python examples/demo/make_masks.py --data ../shared/data/domains
 
 The text is that of train_base.py, and is not in this repository. Each mask is one call of
-`maskllm learn`; the settings that differ from the paper's are for a model and a budget this small.
+`maskllm learn`; the settings that differ from the paper's are for a model and a budget this small, and
+benchmarks/quality.py measures what they are worth.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from train_base import LENGTH, MIX
+from train_base import LENGTH
 
-from maskllm.learn.trainer import LearnConfig, run
+from maskllm.learn.config import LearnConfig
+from maskllm.learn.trainer import run
 
-HERE = Path(__file__).parent
-DOMAINS = {"legal": "legal-us", "medical": "medical", "code": "code-python", "stories": "tinystories"}
+DEMO = Path(__file__).parent / "base"
+DOMAINS = {
+    "legal": "legal-us",
+    "medical": "medical",
+    "code": "code-python",
+    "novels": "english-novels",
+    "stories": "tinystories",
+}
+MIXED = [*DOMAINS.values(), *["tinystories"] * 3]
+"""What `general` learns from; stories are few, so they repeat."""
+GENERAL: dict[str, Any] = {
+    "parameterisation": "per-item",
+    "schedule": "linear",
+    "distill": 1.0,
+    "steps": 400,
+    "batch": 8,
+    "micro_batch": 8,
+    "length": LENGTH,
+    "lr": 3e-3,
+    "weight_reg": 0.0,
+    "heldout_windows": 16,
+    "dtype": "bfloat16",
+}
+
+
+def domain_settings(name: str) -> dict[str, Any]:
+    """How a domain's mask is learned from the general one."""
+    return GENERAL | {"steps": 100, "distill": 0.5, "heldout_windows": 64}
 
 
 def main() -> None:
@@ -22,29 +51,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of domains")
-    parser.add_argument("--out", type=Path, default=HERE / "masks")
+    parser.add_argument("--out", type=Path, default=DEMO.with_name("masks"))
     parser.add_argument("--only", nargs="*", default=["general", *DOMAINS], help="masks to learn")
-    parser.add_argument("--steps", type=int, nargs=2, default=[400, 200], help="for general, for each other")
     args = parser.parse_args()
 
     for name in args.only:
-        domains = [DOMAINS[name]] if name in DOMAINS else list(MIX)
+        settings, domains, prior = GENERAL, MIXED, "sparsegpt"
+        if name != "general":
+            settings, domains = domain_settings(name), [DOMAINS[name]]
+            prior = str(args.out / "general.safetensors")
         config = LearnConfig(
             out=args.out / f"{name}.safetensors",
             data=[str(args.data / domain / "train.txt") for domain in domains],
-            heldout=[str(args.data / domain / "valid.txt") for domain in domains],
-            prior=str(args.out / "general.safetensors") if name in DOMAINS else "sparsegpt",
-            steps=args.steps[name in DOMAINS],
-            heldout_windows=128 if name in DOMAINS else 32,
-            eval_every=100,
-            batch=8,
-            micro_batch=8,
-            length=LENGTH,
-            lr=2e-3,
-            weight_reg=0,
-            dtype="bfloat16",
+            heldout=[str(args.data / domain / "valid.txt") for domain in dict.fromkeys(domains)],
+            prior=prior,
+            **settings,
         )
-        print(name, run(str(HERE / "base"), config))
+        print(name, run(str(DEMO), config))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from maskllm.core.layers import apply_masks
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor, batch: int = 8) -> float:
-    """exp of the mean cross-entropy (nats) over the windows (count, length + 1) of `maskllm.data`.
+    """exp of the mean cross-entropy (nats) over windows (count, targets + 1): all but a first are targets.
 
     The model is in evaluation mode and is asked on its own device; losses are float32, their sum float64.
     """
@@ -26,14 +26,23 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch: int = 8) -> float
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
-def protocol(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> str:
-    """How `maskllm.data` and `perplexity` come to their number, in one line to print beside it."""
-    count, length = windows.shape[0], windows.shape[1] - 1
-    name = Path(tokenizer.name_or_path).name
+def protocol(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, name: str | None = None
+) -> str:
+    """How `perplexity` comes to its number, in one line to print beside it.
+
+    Without a name the windows are those of `maskllm.data`; a name is one of `maskllm.evaluate.protocols`
+    whose windows (count, length) share nothing.
+    """
+    count, targets = windows.shape[0], windows.shape[1] - 1
+    length = targets if name is None else targets + 1
+    begins = f"{tokenizer.bos_token or tokenizer.eos_token} before each document"
+    if name is not None:
+        begins = "one document with the tokenizer's own special tokens"
     return (
-        f"tokenizer {name} ({len(tokenizer)} tokens), {count} windows of {length}, stride {length} "
-        f"(tail dropped), {tokenizer.bos_token or tokenizer.eos_token} before each document, "
-        f"{str(model.dtype).removeprefix('torch.')}"
+        f"{name or f'windows:{length}'}: tokenizer {Path(tokenizer.name_or_path).name} "
+        f"({len(tokenizer)} tokens), {count} windows of {length}, stride {length} (tail dropped), "
+        f"{targets} targets a window, {begins}, {str(model.dtype).removeprefix('torch.')}"
     )
 
 

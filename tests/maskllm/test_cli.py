@@ -21,6 +21,7 @@ from maskllm.core import maskset
 from maskllm.core.layers import maskable
 from maskllm.core.patterns import best
 from maskllm.data import load_tokens, windows
+from maskllm.evaluate import protocols
 from maskllm.evaluate.perplexity import perplexity
 from maskllm.models import load_base
 
@@ -136,7 +137,7 @@ def test_eval_measures_dense_and_each_mask_under_a_protocol(
         layer.weight.masked_fill_(~maskset.load(mask).mask(name), 0)
     sparse = perplexity(base.model, stretch)
 
-    command = ("eval", base_folder, "--data", text, "--length", 32, "--mask", mask)
+    command = ("eval", base_folder, "--data", text, "--protocol", "windows:32", "--mask", mask)
     told = figures(*command)
     assert [row["mask"] for row in told["rows"]] == ["dense", str(mask)]
     assert [row["perplexity"] for row in told["rows"]] == pytest.approx([dense, sparse])
@@ -155,9 +156,76 @@ def test_eval_measures_dense_and_each_mask_under_a_protocol(
 def test_several_files_follow_one_flag_or_each_have_their_own(
     base_folder: Path, text: Path, figures: Callable[..., Any]
 ) -> None:
-    twice = figures("eval", base_folder, "--length", 32, "--data", text, text)
+    twice = figures("eval", base_folder, "--protocol", "windows:32", "--data", text, text)
     assert "127 windows" in twice["protocol"]
-    assert figures("eval", base_folder, "--length", 32, "--data", text, "--data", text) == twice
+    again = figures("eval", base_folder, "--protocol", "windows:32", "--data", text, "--data", text)
+    assert again == twice
+
+
+def test_eval_follows_the_protocol_it_is_given(
+    base_folder: Path, text: Path, figures: Callable[..., Any]
+) -> None:
+    base = load_base(str(base_folder))
+    told = figures("eval", base_folder, "--data", text, "--protocol", "wikitext2-32")
+    measured = protocols.read("wikitext2-32", base, [str(text)])
+    assert told["protocol"] == measured.protocol
+    assert told["rows"] == [{"mask": "dense", "perplexity": perplexity(base.model, measured.windows)}]
+    assert "windows:512" in figures("eval", base_folder, "--data", text)["protocol"]
+
+
+def test_columns_of_json_lines_are_the_text(
+    tmp_path: Path, base_folder: Path, run: Run, figures: Callable[..., Any]
+) -> None:
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"question": "the cat sees", "answer": "a dog ."}\n' * 9)
+    measure = ("eval", base_folder, "--data", lines, "--protocol", "windows:6")
+    # a <s> and six words, nine times: 63 tokens, of which one is no target
+    assert "10 windows of 6" in figures(*measure, "--columns", "question", "answer")["protocol"]
+    code, _, err = run(*measure)
+    assert code == 1
+    assert "a.jsonl, line 1 has no text in field `text`; its fields: question, answer" in err
+    out = tmp_path / "mask.safetensors"
+    calibrate = ("--data", lines, "--samples", 2, "--length", 6, "--out", out)
+    assert figures("prune", base_folder, *calibrate, "--columns", "answer")["provenance"]["length"] == 6
+    assert run("prune", base_folder, *calibrate)[0] == 1
+
+
+def test_eval_adds_accuracies_and_prints_them_as_text_markdown_or_json(
+    mask: Path,
+    tmp_path: Path,
+    base_folder: Path,
+    text: Path,
+    run: Run,
+    figures: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"ctx": f"the {word}", "choices": ["sees a dog", "likes"], "label": 0} for word in ("cat", "sun")]
+    (tmp_path / "piqa_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = ("eval", base_folder, "--mask", mask, "--tasks", "local_piqa", "--tasks-data", tmp_path)
+    told = figures(*tasks, "--data", text, "--protocol", "windows:32")
+    dense, sparse = told["rows"]
+    assert sparse["mask"] == str(mask)
+    assert set(dense["tasks"]["local_piqa"]) == {"acc", "acc_norm"}
+    assert "items: local_piqa 2" in told["tasks_protocol"]
+    assert set(figures(*tasks, "--limit", 1)["rows"][0]) == {"mask", "tasks"}  # no text, no perplexity
+
+    cells = [
+        (row["mask"], f"{row['perplexity']:.3f}", *(f"{x:.4f}" for x in row["tasks"]["local_piqa"].values()))
+        for row in told["rows"]
+    ]
+    _, out, _ = run(*tasks, "--data", text, "--protocol", "windows:32", "--markdown")
+    assert out.splitlines() == [
+        "| mask | perplexity | local_piqa acc | local_piqa acc_norm |",
+        "|---|---:|---:|---:|",
+        *(f"| {' | '.join(row)} |" for row in cells),
+        "",
+        told["protocol"],
+        told["tasks_protocol"],
+    ]
+    _, out, _ = run(*tasks, "--data", text, "--protocol", "windows:32")
+    assert [tuple(line.split()) for line in out.splitlines()[1:3]] == cells
+    assert out.splitlines()[3:] == [told["protocol"], told["tasks_protocol"]]
 
 
 def test_diff_finds_nothing_between_a_mask_and_itself(
@@ -203,9 +271,12 @@ def test_wrong_input_is_one_clear_line_and_exit_code_1(
         (("eval", base_folder, "--data", tmp_path / "nope.txt"), "no such text"),
         (("eval", base_folder, "--data", f"hf:{tmp_path}/nope"), "cannot be read"),
         (
-            ("eval", base_folder, "--data", text, "--length", 513),
-            "longer than the base's context: --length 512",
+            ("eval", base_folder, "--data", text, "--protocol", "windows:513"),
+            "longer than the base's context: --protocol windows:512",
         ),
+        ((*prune, "--length", 513), "longer than the base's context: --length 512"),
+        (("eval", base_folder, "--data", text, "--protocol", "wikitext2-1"), "no protocol 'wikitext2-1'"),
+        (("eval", base_folder, "--tasks", "local_piqa"), "local_piqa needs the folder of piqa_val.jsonl"),
         (("eval", base_folder, "--data", text, "--mask", text), "is not a mask file"),
         ((*prune, "--n", 4), "no pattern 4:4"),
         ((*prune, "--m", 5), "no multiple of 5"),
@@ -239,6 +310,11 @@ def test_a_gpu_that_is_not_there_is_said_so(base_folder: Path, text: Path, run: 
             "--update-weights goes with --method sparsegpt, not wanda",
         ),
         ("eval base", "--data is missing"),
+        ("eval base --data b --length 32", "unrecognized arguments: --length"),
+        ("eval base --data b --protocol c4", "--protocol: String should match pattern"),
+        ("eval base --tasks c --protocol windows:32", "--protocol windows:32 needs --data"),
+        ("eval base --data b --limit 3", "--tasks-data and --limit go with --tasks"),
+        ("eval base --data b --json --markdown", "give either --json or --markdown"),
         ("eval base --data b --device tpu", "--device: String should match"),
         ("verify", "the following arguments are required: FILE"),
     ],

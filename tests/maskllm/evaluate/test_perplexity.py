@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskllm.core.patterns import best
 from maskllm.data import load_tokens, windows
-from maskllm.evaluate.perplexity import masked, perplexity, protocol
+from maskllm.evaluate.perplexity import masked, perplexity
 from maskllm.models import Loaded, load_base
 
 
@@ -65,15 +65,6 @@ def test_a_mask_is_on_inside_and_gone_afterwards_even_after_a_failure(base: Load
     with pytest.raises(ZeroDivisionError):
         fail_inside()
     assert torch.equal(weight.view(torch.int32), before.view(torch.int32))
-
-
-def test_the_protocol_says_what_makes_two_numbers_comparable(base: Loaded, tokens: Tensor) -> None:
-    how = protocol(base.model, base.tokenizer, windows(tokens, 16))
-    # forty documents of one <s> and fifty words: 2040 tokens, 127 windows
-    assert how == (
-        "tokenizer tiny (22 tokens), 127 windows of 16, stride 16 (tail dropped), "
-        "<s> before each document, float32"
-    )
 
 
 def test_the_perplexity_of_a_model_nobody_here_made() -> None:
