@@ -57,14 +57,15 @@ def save(
         tensors[f"{name}.logits"] = gate.logits.detach()
         tensors |= {f"{name}.prior": gate.prior, f"{name}.seen": gate.seen}
         for key, value in optimizer.state[gate.logits].items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor):  # bitsandbytes' tables are one tensor for all gates
+                value = value if value.shape == gate.logits.shape else value.clone()
                 tensors[f"{name}.optimizer.{key}"] = value
             else:
                 numbers.setdefault(name, {})[key] = value
     tensors = {key: whole(tensor) for key, tensor in tensors.items()}
     if not write:
         return
-    header = {"position": vars(position), "optimizer": numbers, **identity}
+    header = {"position": vars(position), "optimizer": numbers, "identity": identity}
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -83,8 +84,8 @@ def restore(
     """Put the saved state back in place, and return how far it had come."""
     header, tensors = _read(path)
     for name, now in identity.items():
-        if header.get(name) != now:
-            raise CannotResume(f"{path} is of another run: {name} was {header.get(name)}, and is {now}")
+        if (was := header.get("identity", {}).get(name)) != now:
+            raise CannotResume(f"{path} is of another run: {name} was {was}, and is {now}")
     for name, gate in gates.items():
         gate.logits.copy_(_sharded_like(tensors[f"{name}.logits"], gate.logits))
         gate.prior = tensors[f"{name}.prior"].to(gate.prior.device)

@@ -378,6 +378,7 @@ def test_help_is_quick_because_torch_is_not_imported() -> None:
 
 def test_serve_hands_every_argument_to_the_server(tmp_path: Path) -> None:
     (tmp_path / "server").mkdir()
+    (tmp_path / "server/__init__.py").touch()
     (tmp_path / "server/__main__.py").write_text("import sys; print(sys.argv[1:])")
     command = [sys.executable, "-m", "maskllm.cli", "serve", "--port", "9000", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
