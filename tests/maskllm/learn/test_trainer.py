@@ -26,8 +26,10 @@ from maskllm.evaluate.perplexity import perplexity
 from maskllm.learn import distributed, tasks
 from maskllm.learn.checkpoint import CannotResume
 from maskllm.learn.config import LearnConfig
+from maskllm.learn.gates import Sampling
 from maskllm.learn.priors import NoPrior
-from maskllm.learn.trainer import CannotLearn, Report, learn, run
+from maskllm.learn.progress import Measured
+from maskllm.learn.trainer import CannotLearn, Report, _settled, learn, run
 from maskllm.models import BadDevice, BadLength, load_base
 
 needs_bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
@@ -180,6 +182,62 @@ def test_a_mask_that_has_settled_ends_the_run_early(
     assert "settled after 6 steps" in capsys.readouterr().err
     moving = {**still, "lr": 1e-1, "prior_strength": 0, "steps": 9}
     assert run(world.base, config(world, tmp_path / "b.safetensors", **moving)).steps == 9
+
+
+def test_settled_is_neither_moving_nor_getting_better() -> None:
+    def look(loss: float, flipped: float) -> Measured:
+        return Measured(step=0, scores={"loss": loss}, changed=0, flipped=flipped, confidence={})
+
+    still, better, moved = look(2, 0), look(1.9, 0), look(2, 0.1)
+    assert _settled([moved, still, still], 2)
+    assert not _settled([still, still], 2)  # too few looks
+    assert not _settled([better, still, still], 2)
+    assert not _settled([still, moved, still], 2)
+    assert not _settled([still, still, still], 0)
+
+
+def test_every_micro_batch_of_every_step_has_a_draw_of_its_own(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int] = []
+    draw = Sampling.draw
+    monkeypatch.setattr(Sampling, "draw", lambda self, number: numbers.append(number) or draw(self, number))
+    run(world.base, config(world, tmp_path / "a.safetensors", steps=3, batch=5, micro_batch=2))
+    assert numbers == list(range(9))  # three steps of 2, 2 and 1 windows
+
+
+def test_micro_batches_add_up_to_their_batch(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients: list[torch.Tensor] = []
+
+    def note(logits: list[torch.Tensor], _: float) -> None:
+        gradients.append(torch.cat([tensor.grad.flatten() for tensor in logits if tensor.grad is not None]))
+
+    monkeypatch.setattr("maskllm.learn.trainer.clip_grad_norm_", note)
+    hot = {"tau": (1e5, 1e5), "steps": 1}  # so hot that every draw is the same: all patterns in equal parts
+    for size in 4, 3, 1:
+        run(world.base, config(world, tmp_path / f"{size}.safetensors", micro_batch=size, **hot))
+    whole, *parts = gradients
+    for part in parts:
+        assert float((part - whole).norm() / whole.norm()) < 0.01
+
+
+def test_the_reward_for_norm_draws_to_the_largest_weights(world: World, tmp_path: Path) -> None:
+    model, _, base = load_base(world.base)
+    share = {}
+    for reward in 0, 1e4:
+        settings = {"prior": "none", "steps": 30, "lr": 1e-1, "weight_reg": reward, "schedule": "exponential"}
+        out = tmp_path / f"{reward}.safetensors"
+        run(world.base, config(world, out, **settings))
+        learned = maskset.load(out, base)
+        kept = sum(layer.weight[learned.mask(n)].square().sum() for n, layer in maskable(model).items())
+        best_kept = sum(
+            layer.weight[best(layer.weight.abs())].square().sum() for layer in maskable(model).values()
+        )
+        share[reward] = float(kept / best_kept)
+    assert share[0] < 0.8
+    assert share[1e4] > 0.95
 
 
 def test_to_distill_is_to_come_near_the_dense_base(world: World, tmp_path: Path) -> None:
