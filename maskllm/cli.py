@@ -296,7 +296,9 @@ class Learn(LearnConfig, Command):
         from maskllm.learn.trainer import run
 
         config = LearnConfig(**self.model_dump(include=set(LearnConfig.model_fields)))
-        _report(asdict(run(self.model, config)), self.as_json)
+        report = run(self.model, config)
+        if report.sha256:  # the one of torchrun's processes that wrote the file
+            _report(asdict(report), self.as_json)
 
 
 class Serve(BaseModel):

@@ -21,6 +21,7 @@ from maskllm.data import BadData
 from maskllm.images import Folder, is_classifier, load_classifier, measure, read_classifier
 from maskllm.learn.config import LearnConfig
 from maskllm.learn.trainer import run
+from maskllm.prune.calibration import Walk
 
 TRAIN = 1_297
 """Of the 1,797 digits; 500 are held out."""
@@ -134,6 +135,17 @@ def test_every_one_shot_prior_is_a_place_to_start(digits: Digits, tmp_path: Path
     saved = maskset.load(tmp_path / "a.safetensors").masks()
     same = torch.cat([(saved[name] == mask).flatten() for name, mask in magnitude(digits).items()])
     assert bool(same.all()) == (prior == "magnitude")
+
+
+def test_calibration_reads_what_the_model_reads(digits: Digits) -> None:
+    classifier = load_classifier(digits.base, torch.float32, "cpu")
+    images = Folder(classifier.processor, classifier.model.config.label2id, digits.train).pixels(range(5))
+    layer, read = next(iter(maskable(classifier.model).values())), list[Tensor]()
+    with layer.register_forward_pre_hook(lambda _, args: read.append(args[0])):
+        classifier.model(pixel_values=images)
+    walked = torch.cat(list(Walk(classifier.model, images, batch=2).inputs(layer)))
+    assert walked.shape == (5 * 5, 32)  # of five images a class token and four patches
+    torch.testing.assert_close(walked, read[0].flatten(0, 1))
 
 
 def test_images_are_learned_from_with_every_setting_and_computing_again_changes_nothing(
