@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from maskllm.data import source_names
 from maskllm.learn import checkpoint, priors, tasks
 from maskllm.learn.checkpoint import Position
 from maskllm.learn.config import NOT_THE_RESULT, LearnConfig
-from maskllm.learn.distributed import World, any_of, mean, spread, world
+from maskllm.learn.distributed import World, any_of, average_gradients, mean, spread, world
 from maskllm.learn.gates import Gate, Sampling, install, whole
 from maskllm.learn.objective import loss
 from maskllm.learn.progress import Measured, Progress, draw
@@ -64,10 +65,10 @@ def run(model: str, config: LearnConfig) -> Report:
     CannotLearn, CannotResume, NoPrior, and what base, data, layers and prior file raise: all ValueErrors.
     """
     stopped = config.out.with_suffix(".checkpoint")
-    if stopped.exists() and not config.resume:
-        raise CannotLearn(f"{stopped} is of a run that was stopped: go on with --resume, or delete it")
-    prior = priors.identify(config.prior)
     with world(config.device or ("cuda" if torch.cuda.is_available() else "cpu")) as here:
+        if stopped.exists() and not config.resume:
+            raise CannotLearn(f"{stopped} is of a run that was stopped: go on with --resume, or delete it")
+        prior = priors.identify(config.prior)
         _share_parts(config, here)
         task = tasks.load(model, config, here.device)
         settings = config.model_dump(mode="json", exclude=NOT_THE_RESULT) | {"prior": prior}
@@ -113,7 +114,7 @@ def learn(
     """
     sampling = Sampling(config.seed, config.scale[0], config.tau[0])
     gates = _install(task, config, sampling)
-    model = spread(task.model, config.parallel, here)
+    spread(task.model, config.parallel, here)
     blocks = _checkpoint_gradients(task.model) if config.gradient_checkpointing else []
     logits = [gate.logits for gate in gates.values()]
     optimizer = _optimizer(config, logits)
@@ -164,14 +165,15 @@ def learn(
                 if config.distill:
                     sampling.mode = "dense"
                     with torch.no_grad():
-                        teacher = task.logits(model, part.inputs)
+                        teacher = task.logits(task.model, part.inputs)
                 sampling.mode, sampling.number = "soft", number
                 for block in blocks:
                     block.training = True
-                part_loss = loss(task.logits(model, part.inputs), part.labels, teacher, config.distill)
+                part_loss = loss(task.logits(task.model, part.inputs), part.labels, teacher, config.distill)
                 kept = sum(gate.kept for gate in gates.values()) / norm
                 torch.autograd.backward((part_loss - weight_reg * kept) * weight)
                 step_loss += float(part_loss.detach()) * weight
+            average_gradients(logits, config.parallel, here)
             clip_grad_norm_(logits, CLIP)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -205,10 +207,11 @@ def _parts(batch: Batch, step: int, config: LearnConfig, here: World) -> Iterato
 
 
 def _share_parts(config: LearnConfig, here: World) -> None:
-    if here.size > 1 and config.batch % (config.micro_batch * here.size):
+    share = config.micro_batch * here.size
+    if here.size > 1 and config.batch % share:
         raise CannotLearn(
             f"a batch of {config.batch} in micro-batches of {config.micro_batch} cannot be shared equally by "
-            f"{here.size} processes: give a multiple of {config.micro_batch * here.size}"
+            f"{here.size} processes: say --batch {ceil(config.batch / share) * share}"
         )
 
 
