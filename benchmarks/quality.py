@@ -28,13 +28,13 @@ from torch import Tensor
 from maskllm.core import maskset
 from maskllm.core.layers import maskable
 from maskllm.data import load_tokens, sample, windows
-from maskllm.evaluate.perplexity import masked, perplexity, protocol
+from maskllm.evaluate.perplexity import masked, perplexity
 from maskllm.models import Loaded, load_base
 from maskllm.prune.oneshot import prune
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples/demo"))
-from make_masks import DEMO, DOMAINS, GENERAL, MIXED, domain_settings  # noqa: E402
+from make_masks import DEMO, DOMAIN, DOMAINS, GENERAL, MIXED  # noqa: E402
 
 LENGTH = 512
 WINDOWS = 64
@@ -65,13 +65,10 @@ def learnings(data: Path) -> dict[str, Learning]:
         "general": Learning(DEMO, mixed, GENERAL),
         "general, no distillation": Learning(DEMO, mixed, GENERAL | {"distill": 0.0}),
         "general, the paper's recipe": Learning(DEMO, mixed, GENERAL | PAPER),
-        "legal, scratch": Learning(DEMO, legal, domain_settings("legal") | {"steps": FULL}),
-        "legal, transfer": Learning(DEMO, legal, domain_settings("legal") | {"steps": QUARTER}, "general"),
+        "legal, scratch": Learning(DEMO, legal, DOMAIN | {"steps": FULL}),
+        "legal, transfer": Learning(DEMO, legal, DOMAIN | {"steps": QUARTER}, "general"),
     }
-    domains = {
-        name: Learning(DEMO, [texts[domain]], domain_settings(name), "general")
-        for name, domain in DOMAINS.items()
-    }
+    domains = {name: Learning(DEMO, [texts[domain]], DOMAIN, "general") for name, domain in DOMAINS.items()}
     return general | domains
 
 

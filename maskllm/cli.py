@@ -334,20 +334,12 @@ class Cli(
 
 def _load(command: OnBase) -> "Loaded":
     """The base on its device."""
-    import torch
     from transformers.utils import logging
 
-    from maskllm.models import load_base
+    from maskllm.models import choose_device, load_base
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    gpu = torch.cuda.is_available()
-    if not gpu and command.device not in (None, "cpu"):
-        raise BadDevice(f"there is no {command.device} here: leave --device out, or say cpu")
-    return load_base(command.model, device=command.device or ("cuda" if gpu else "cpu"))
-
-
-class BadDevice(ValueError):
-    """A device that this machine does not have."""
+    return load_base(command.model, device=choose_device(command.device))
 
 
 def _description(file: Path, mask_set: "MaskSet") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Images for a classifier: a folder with one folder of images a class, and the base that reads them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from maskllm.core.base import Base, find, read_base
@@ -27,8 +28,9 @@ class Classifier(NamedTuple):
 
 def is_classifier(model: str) -> bool:
     """Whether a base (a folder or a Hugging Face name) classifies images, by its own config."""
-    architectures = AutoConfig.from_pretrained(find(model)).architectures or []
-    return any(name.endswith("ForImageClassification") for name in architectures)
+    config = find(model) / "config.json"
+    architectures = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    return any(name.endswith("ForImageClassification") for name in architectures or [])
 
 
 def load_classifier(model: str, dtype: torch.dtype, device: str) -> Classifier:

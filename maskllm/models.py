@@ -25,6 +25,18 @@ class BadLength(ValueError):
     """Windows longer than the base's context."""
 
 
+class BadDevice(ValueError):
+    """A device that this machine does not have."""
+
+
+def choose_device(asked: str | None) -> str:
+    """The device asked for, or a GPU if there is one. Raises BadDevice."""
+    gpu = torch.cuda.is_available()
+    if not gpu and asked not in (None, "cpu"):
+        raise BadDevice(f"there is no {asked} here: leave --device out, or say cpu")
+    return asked or ("cuda" if gpu else "cpu")
+
+
 def check_length(model: PreTrainedModel, length: int, option: str = "--length ") -> None:
     """Raise BadLength where windows of `length` tokens do not fit the base's context; `option` sets them."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", length)

@@ -28,6 +28,7 @@ MIXED = [*DOMAINS.values(), *["tinystories"] * 3]
 """What `general` learns from; stories are few, so they repeat."""
 GENERAL: dict[str, Any] = {
     "parameterisation": "per-item",
+    "prior_strength": 6.0,
     "schedule": "linear",
     "distill": 1.0,
     "steps": 400,
@@ -41,9 +42,8 @@ GENERAL: dict[str, Any] = {
 }
 
 
-def domain_settings(name: str) -> dict[str, Any]:
-    """How a domain's mask is learned from the general one."""
-    return GENERAL | {"steps": 100, "distill": 0.5, "heldout_windows": 64}
+DOMAIN = GENERAL | {"steps": 100, "distill": 0.5, "heldout_windows": 64}
+"""How a domain's mask is learned from the general one."""
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     for name in args.only:
         settings, domains, prior = GENERAL, MIXED, "sparsegpt"
         if name != "general":
-            settings, domains = domain_settings(name), [DOMAINS[name]]
+            settings, domains = DOMAIN, [DOMAINS[name]]
             prior = str(args.out / "general.safetensors")
         config = LearnConfig(
             out=args.out / f"{name}.safetensors",

@@ -1,9 +1,9 @@
 """The state of an unfinished run in one `.safetensors` file, from which it goes on bit for bit.
 
-For each gate its logits, what the optimizer remembers of them, and the codes of its prior; and in the
-header the step, the measurements so far, where the text was, and what the run depends on: base, text and
-settings. Noise needs no state: it is a function of seed, draw and layer. Sharded tensors are saved whole,
-so that a run may go on with another number of processes.
+For each gate its logits, what the optimizer remembers of them, and the codes of its prior and of the last
+measurement; and in the header the step, the measurements so far, where the text was, and what the run
+depends on: base, text and settings. Noise needs no state: it is a function of seed, draw and layer.
+Sharded tensors are saved whole, so that a run may go on with another number of processes.
 """
 
 import json
@@ -54,7 +54,8 @@ def save(
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
     for name, gate in gates.items():
-        tensors |= {f"{name}.logits": gate.logits.detach(), f"{name}.prior": gate.prior}
+        tensors[f"{name}.logits"] = gate.logits.detach()
+        tensors |= {f"{name}.prior": gate.prior, f"{name}.seen": gate.seen}
         for key, value in optimizer.state[gate.logits].items():
             if isinstance(value, Tensor):
                 tensors[f"{name}.optimizer.{key}"] = value
@@ -88,7 +89,8 @@ def restore(
             raise CannotResume(f"{path} is of another run: {name} was {then}, and is {now}")
     for name, gate in gates.items():
         gate.logits.copy_(_sharded_like(tensors[f"{name}.logits"], gate.logits))
-        gate.prior.copy_(tensors[f"{name}.prior"])
+        gate.prior = tensors[f"{name}.prior"].to(gate.prior.device)
+        gate.seen = tensors[f"{name}.seen"].to(gate.seen.device)
         of_optimizer = f"{name}.optimizer."
         optimizer.state[gate.logits] = header["optimizer"].get(name, {}) | {
             key.removeprefix(of_optimizer): _sharded_like(tensor, gate.logits)

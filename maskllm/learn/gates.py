@@ -5,7 +5,7 @@ again in the backward pass, so that between the two a layer holds its logits and
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -33,6 +33,12 @@ class Sampling:
     """Of the draw of soft masks, counted over the whole run; with the seed it decides the noise."""
     mode: Literal["soft", "hard", "dense"] = "soft"
     """Soft masks to learn, hard ones to measure, none for the dense teacher."""
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, the squared norm of the weights as masked in this draw."""
+
+    def draw(self, number: int) -> None:
+        """Soft masks from here on, those of this number."""
+        self.mode, self.number, self.kept = "soft", number, {}
 
 
 def install(
@@ -54,15 +60,13 @@ def install(
 
 
 class Gate(nn.Module):
-    """A linear layer whose weights and bias are frozen and whose mask learns.
-
-    In soft mode each forward leaves the squared norm of the weights as masked in `kept`.
-    """
+    """A linear layer whose weights and bias are frozen and whose mask learns."""
 
     bias: nn.Parameter | None
     prior: Tensor
     """Codes of the mask that learning started from, (out, in/m)."""
-    kept: Tensor
+    seen: Tensor
+    """Codes of the hard mask when it was last measured; of the prior before that."""
 
     def __init__(
         self, linear: nn.Linear, sampling: Sampling, how: Parameterisation, n: int, m: int, index: int
@@ -79,11 +83,12 @@ class Gate(nn.Module):
         logits.normal_(0, LOGITS_STD, generator=generator(seed_of(sampling.seed, index), device))
         self.logits = nn.Parameter(logits)
         self.register_buffer("prior", how.codes(logits))
+        self.register_buffer("seen", self.prior)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor, strength: float) -> None:
         """Favour the patterns near a prior mask (out, in) bool by `strength` standard deviations."""
-        self.prior = patterns.encode(prior, self.n, self.m)
+        self.prior = self.seen = patterns.encode(prior, self.n, self.m)
         self.logits.add_(self.how.nearness(prior), alpha=strength * LOGITS_STD)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +101,9 @@ class Gate(nn.Module):
         seed = seed_of(now.seed, self.index, now.number)
         mask = partial(draw, self.how, scale=now.scale, tau=now.tau, seed=seed)
         y: Tensor
-        y, self.kept = SoftMasked.apply(x, self.weight, self.logits, mask)  # type: ignore[no-untyped-call]
+        y, kept = SoftMasked.apply(x, self.weight, self.logits, mask)  # type: ignore[no-untyped-call]
+        # The first stays: one of a block that is computed again would keep all of that block in memory.
+        now.kept.setdefault(self.index, kept)
         return y if self.bias is None else y + self.bias
 
     def codes(self) -> Tensor:

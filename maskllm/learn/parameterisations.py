@@ -10,10 +10,10 @@ Logits are kept (out, columns, in/m): rows shard as the weight's do, and the sof
 along memory, on CPU twice as fast in all as with the columns innermost.
 """
 
+import hashlib
 from math import comb
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,17 +104,23 @@ FEW_PATTERNS = 100
 def inclusion(scores: Tensor, n: int) -> Tensor:
     """The chance of each item to be among N, where a set S of N is as likely as exp(sum of S).
 
-    (out, m, groups) -> the same. It is the gradient of log e_n, the elementary symmetric polynomial of
-    exp(scores), which takes m * n steps however many sets there are.
+    (out, m, groups) -> the same, in m * n steps there and back however many sets there are. On the way
+    there log e_k, elementary symmetric polynomials of exp(scores), weigh the sets of k items so far; on the
+    way back `left` is the chance that k are still to be taken. The gradient of log e_n is the same
+    chance, but torch.logaddexp, differentiated twice, is NaN where its terms are far apart.
     """
-    with torch.enable_grad():
-        learns = scores.requires_grad
-        scores = scores if learns else scores.detach().requires_grad_()
-        log_e = [torch.zeros_like(scores[:, 0])] + [torch.full_like(scores[:, 0], -1e30)] * n
-        for item in scores.unbind(1):
-            log_e[1:] = [torch.logaddexp(log_e[k], log_e[k - 1] + item) for k in range(1, n + 1)]
-        (chance,) = torch.autograd.grad(log_e[n].sum(), scores, create_graph=learns)
-    return chance
+    none, one = torch.zeros_like(scores[:, 0]), torch.ones_like(scores[:, 0])
+    log_e, log_odds = [none] + [torch.full_like(none, -1e30)] * n, []
+    for item in scores.unbind(1):
+        with_item = [fewer + item for fewer in log_e[:-1]]
+        log_odds.append([taken - passed for taken, passed in zip(with_item, log_e[1:], strict=True)])
+        log_e[1:] = map(torch.logaddexp, log_e[1:], with_item)
+    left, chances = [none] * (n - 1) + [one], []
+    for odds in reversed(log_odds):
+        taken = [chance * odd.sigmoid() for chance, odd in zip(left, odds, strict=True)]
+        chances.append(sum(taken, none))
+        left = [old - out + new for old, out, new in zip(left, taken, [*taken[1:], none], strict=True)]
+    return torch.stack(chances[::-1], 1)
 
 
 TINY = 1e-20
@@ -133,8 +139,11 @@ def draw(how: Parameterisation, logits: Tensor, scale: float, tau: float, seed: 
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed for a tuple of numbers, such as run, draw and layer; other tuples give unrelated ones."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    """One seed for a tuple of numbers, such as run, draw and layer; other tuples give unrelated ones.
+
+    numpy's SeedSequence would not do: to it (1, 2) and (1, 2, 0) are the same.
+    """
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8]) >> 1
 
 
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:

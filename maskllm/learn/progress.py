@@ -20,7 +20,7 @@ class Measured:
     changed: float
     """Share of groups whose pattern is no longer the prior's."""
     flipped: float
-    """Share of groups whose pattern is not that of the measurement before."""
+    """Share of groups whose pattern is not that of the measurement before; at first, not the prior's."""
     confidence: dict[str, float]
     """By layer, the chance that a weight which the hard mask keeps is drawn: N/M undecided, 1 decided."""
 

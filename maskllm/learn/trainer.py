@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint as checkpoint_block
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from maskllm.core import maskset
-from maskllm.core.layers import maskable
+from maskllm.core.layers import decoder_blocks, maskable
 from maskllm.data import source_names
 from maskllm.learn import checkpoint, priors, tasks
 from maskllm.learn.checkpoint import Position
@@ -32,6 +33,7 @@ from maskllm.learn.objective import loss
 from maskllm.learn.progress import Measured, Progress, draw
 from maskllm.learn.schedules import anneal, cosine, linear, passed
 from maskllm.learn.tasks import Batch, Task
+from maskllm.models import choose_device
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
@@ -62,10 +64,11 @@ def run(model: str, config: LearnConfig) -> Report:
     """Learn one mask of a base (a folder or a Hugging Face name), save it, and draw the run beside it.
 
     Ctrl-C ends the run after the step at hand and leaves a checkpoint to resume from. Raises
-    CannotLearn, CannotResume, NoPrior, and what base, data, layers and prior file raise: all ValueErrors.
+    CannotLearn, CannotResume, NoPrior, and what device, base, data, layers and prior file raise: all
+    ValueErrors.
     """
     stopped = config.out.with_suffix(".checkpoint")
-    with world(config.device or ("cuda" if torch.cuda.is_available() else "cpu")) as here:
+    with world(choose_device(config.device)) as here:
         if stopped.exists() and not config.resume:
             raise CannotLearn(f"{stopped} is of a run that was stopped: go on with --resume, or delete it")
         prior = priors.identify(config.prior)
@@ -115,7 +118,8 @@ def learn(
     sampling = Sampling(config.seed, config.scale[0], config.tau[0])
     gates = _install(task, config, sampling)
     spread(task.model, config.parallel, here)
-    blocks = _checkpoint_gradients(task.model) if config.gradient_checkpointing else []
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(task.model)
     logits = [gate.logits for gate in gates.values()]
     optimizer = _optimizer(config, logits)
     norm = sum(whole(gate.weight).float().square().sum() for gate in gates.values())
@@ -124,21 +128,21 @@ def learn(
         position = checkpoint.restore(stopped, identity, gates, optimizer)
         task.restore(position.text)
         history = [Measured(**measured) for measured in position.history]
-    codes = {name: gate.codes() for name, gate in gates.items()}
 
     def measure(step: int) -> Measured:
         sampling.mode = "hard"
-        before = dict(codes)
-        codes.update((name, gate.codes()) for name, gate in gates.items())
+        codes = {name: gate.codes() for name, gate in gates.items()}
         history.append(
             Measured(
                 step=step,
                 scores=task.measure(),
                 changed=_differ(codes, {name: gate.prior for name, gate in gates.items()}),
-                flipped=_differ(codes, before),
+                flipped=_differ(codes, {name: gate.seen for name, gate in gates.items()}),
                 confidence={name: float(gate.confidence()) for name, gate in gates.items()},
             )
         )
+        for name, gate in gates.items():
+            gate.seen = codes[name]
         progress.measured(history[-1], task.figure)
         return history[-1]
 
@@ -166,11 +170,9 @@ def learn(
                     sampling.mode = "dense"
                     with torch.no_grad():
                         teacher = task.logits(task.model, part.inputs)
-                sampling.mode, sampling.number = "soft", number
-                for block in blocks:
-                    block.training = True
+                sampling.draw(number)
                 part_loss = loss(task.logits(task.model, part.inputs), part.labels, teacher, config.distill)
-                kept = sum(gate.kept for gate in gates.values()) / norm
+                kept = sum(sampling.kept.values()) / norm
                 torch.autograd.backward((part_loss - weight_reg * kept) * weight)
                 step_loss += float(part_loss.detach()) * weight
             average_gradients(logits, config.parallel, here)
@@ -240,13 +242,13 @@ def _optimizer(config: LearnConfig, logits: list[nn.Parameter]) -> torch.optim.O
     return optimizer
 
 
-def _checkpoint_gradients(model: PreTrainedModel) -> list[nn.Module]:
-    """Turn gradient checkpointing on; returns the blocks, which do so only while they are in training.
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Compute each block again going backwards instead of keeping what it did.
 
-    Nothing inside them is put in training, so that dropout stays off.
+    transformers' own switch works only in training mode, where OPT, Falcon and others drop out.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in decoder_blocks(model).values():
+        block.forward = partial(checkpoint_block, block.forward, use_reentrant=False)
 
 
 def _memory(gates: Mapping[str, Gate], optimizer: torch.optim.Optimizer) -> str:
@@ -256,7 +258,7 @@ def _memory(gates: Mapping[str, Gate], optimizer: torch.optim.Optimizer) -> str:
         "logits": [gate.logits for gate in gates.values()],
         "gradients": [gate.logits.grad for gate in gates.values()],
         "optimizer": [value for state in optimizer.state.values() for value in state.values()],
-        "prior": [gate.prior for gate in gates.values()],
+        "codes": [codes for gate in gates.values() for codes in (gate.prior, gate.seen)],
     }
     each = {
         name: sum(value.nbytes for value in values if isinstance(value, Tensor)) / weights
