@@ -81,8 +81,8 @@ class Prune(OnBase):
       --out masks/wanda.safetensors
     """
 
-    method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
-    """How weights are scored; magnitude needs no text."""
+    method: Literal["magnitude", "wanda", "sparsegpt", "reconstruct"] = "wanda"
+    """How weights are chosen: magnitude needs no text, reconstruct is the best for weights that stay."""
     n: PositiveInt = 2
     """Weights kept in each group."""
     m: PositiveInt = 4
