@@ -39,8 +39,8 @@ from make_masks import DEMO, DOMAIN, DOMAINS, GENERAL, MIXED  # noqa: E402
 LENGTH = 512
 WINDOWS = 64
 """Of each domain's test text."""
-STORIES = GENERAL | {"steps": 250, "length": 512}
-SHORT = GENERAL | {"steps": 150}
+STORIES = GENERAL | {"steps": 250, "lr": 3e-3, "length": 512}
+SHORT = GENERAL | {"steps": 150, "lr": 3e-3}
 """For comparing recipes at the same tokens."""
 PAPER = {
     "parameterisation": "categorical",

@@ -38,14 +38,14 @@ GENERAL: dict[str, Any] = {
     "batch": 8,
     "micro_batch": 8,
     "length": LENGTH // 2,
-    "lr": 3e-3,
+    "lr": 2e-3,
     "weight_reg": 0.0,
     "heldout_windows": 16,
     "dtype": "bfloat16",
 }
 
 
-DOMAIN = GENERAL | {"steps": 80, "eval_every": 40, "distill": 0.5, "heldout_windows": 64}
+DOMAIN = GENERAL | {"steps": 80, "eval_every": 40, "lr": 3e-3, "distill": 0.5, "heldout_windows": 64}
 """How a domain's mask is learned from the general one."""
 
 

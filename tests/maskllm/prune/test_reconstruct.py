@@ -36,8 +36,8 @@ def test_the_two_largest_are_dropped_where_they_cancel() -> None:
 
 
 def test_what_another_group_drops_counts() -> None:
-    # Input 4 always equals input 0. The first group drops +2, as 5 and 3 are larger; the second then does best
-    # to drop -2, which makes it good, and keep 1 and 1.
+    # Input 4 always equals input 0. The first group drops +2, as 5 and 3 are larger; the second then does
+    # best to drop -2, which makes it good, and keep 1 and 1.
     hessian = torch.eye(8)
     hessian[0, 4] = hessian[4, 0] = 1
     mask = solve(torch.tensor([[2.0, 5, 3, 0, -2, 1, 1, 0]]), hessian)
