@@ -45,7 +45,7 @@ GENERAL: dict[str, Any] = {
 }
 
 
-DOMAIN = GENERAL | {"steps": 80, "eval_every": 40, "lr": 3e-3, "distill": 0.5, "heldout_windows": 64}
+DOMAIN = GENERAL | {"steps": 300, "distill": 0.3, "heldout_windows": 64}
 """How a domain's mask is learned from the general one."""
 
 
