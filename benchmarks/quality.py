@@ -63,7 +63,7 @@ class Learning:
     data: list[Path]
     settings: dict[str, Any]
     after: str | None = None
-    """Another mask here whose mask of the same seed is the prior."""
+    """Another mask here whose first seed's is the prior."""
 
 
 def learnings(data: Path) -> dict[str, Learning]:
@@ -126,7 +126,7 @@ def learn(learning: Learning, seed: int, out: Path, done: dict[Path, Future[None
         return
     settings = learning.settings
     if learning.after:
-        prior = file(out.parent, learning.after, seed)
+        prior = file(out.parent, learning.after, 0)
         if prior in done:
             done[prior].result()
         settings = settings | {"prior": prior}
