@@ -238,11 +238,13 @@ class Verify(Command):
     def run(self) -> None:
         from maskllm.core import maskset
         from maskllm.core.base import find, read_base
+        from maskllm.images import is_classifier, read_classifier
 
         try:
             mask_set = maskset.load(self.file)
             if self.base:
-                maskset.verify(mask_set, read_base(find(self.base)), self.file.name)
+                base = read_classifier(self.base) if is_classifier(self.base) else read_base(find(self.base))
+                maskset.verify(mask_set, base, self.file.name)
         except maskset.MaskError as error:
             if self.as_json:
                 problem = {"problem": type(error).__name__, "message": str(error)}

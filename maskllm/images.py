@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from maskllm.core.base import Base, find, read_base
@@ -41,7 +41,21 @@ def load_classifier(model: str, dtype: torch.dtype, device: str) -> Classifier:
     nn.Module.to(loaded, device)
     loaded.requires_grad_(False)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # type: ignore[no-untyped-call]
-    return Classifier(loaded, processor, base)
+    return Classifier(loaded, processor, _named_as_in(loaded, base))
+
+
+def read_classifier(model: str) -> Base:
+    """The base of `load_classifier`, without its weights."""
+    folder = find(model)
+    with torch.device("meta"):
+        skeleton = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder))  # type: ignore[no-untyped-call]
+    return _named_as_in(skeleton, read_base(folder))
+
+
+def _named_as_in(model: nn.Module, base: Base) -> Base:
+    """A base whose tensors also have their names in the model: ViT's files still have those of 2020."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Base(base.fingerprint, base.shapes | shapes)
 
 
 class Folder:
@@ -63,15 +77,17 @@ class Folder:
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """Images as the classifier reads them, (images, channels, height, width) float32."""
-        return torch.cat([self._read(self.files[index]) for index in indices])
+        images = [_read(self.files[index]) for index in indices]
+        pixels: Tensor = self.processor(images, return_tensors="pt")["pixel_values"]
+        return pixels
 
-    def _read(self, file: Path) -> Tensor:
-        try:
-            with Image.open(file) as image:
-                pixels: Tensor = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-                return pixels
-        except UnidentifiedImageError:
-            raise BadData(f"{file} is not an image that Pillow can read") from None
+
+def _read(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError):  # what Pillow raises on half an image and on a PNG with wrong checksums
+        raise BadData(f"{file} is not an image that Pillow can read") from None
 
 
 @torch.no_grad()

@@ -57,7 +57,8 @@ def save(
         tensors[f"{name}.logits"] = gate.logits.detach()
         tensors |= {f"{name}.prior": gate.prior, f"{name}.seen": gate.seen}
         for key, value in optimizer.state[gate.logits].items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor):  # bitsandbytes' tables are one tensor for all gates
+                value = value if value.shape == gate.logits.shape else value.clone()
                 tensors[f"{name}.optimizer.{key}"] = value
             else:
                 numbers.setdefault(name, {})[key] = value

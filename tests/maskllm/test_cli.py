@@ -268,6 +268,7 @@ def test_wrong_input_is_one_clear_line_and_exit_code_1(
         (("inspect", tmp_path), "Is a directory"),
         (("inspect", text), "is not a mask file"),
         (("eval", tmp_path, "--data", text), "no model.safetensors in"),
+        (("learn", tmp_path, "--data", text, "--heldout", text, "--out", out), "no model.safetensors in"),
         (("eval", base_folder, "--data", tmp_path / "nope.txt"), "no such text"),
         (("eval", base_folder, "--data", f"hf:{tmp_path}/nope"), "cannot be read"),
         (
@@ -316,6 +317,18 @@ def test_a_gpu_that_is_not_there_is_said_so(base_folder: Path, text: Path, run: 
         ("eval base --data b --limit 3", "--tasks-data and --limit go with --tasks"),
         ("eval base --data b --json --markdown", "give either --json or --markdown"),
         ("eval base --data b --device tpu", "--device: String should match"),
+        (
+            "learn base --data b --heldout c --out d --distill 2",
+            "--distill: Input should be less than or equal",
+        ),
+        (
+            "learn base --data b --heldout c --out d --parameterisation best",
+            "--parameterisation: Input should",
+        ),
+        (
+            "learn base --data b --heldout c --out d --optimizer adamw8bit --parallel fsdp",
+            "--optimizer adamw8bit goes with --parallel ddp only",
+        ),
         ("verify", "the following arguments are required: FILE"),
     ],
 )
@@ -378,6 +391,7 @@ def test_help_is_quick_because_torch_is_not_imported() -> None:
 
 def test_serve_hands_every_argument_to_the_server(tmp_path: Path) -> None:
     (tmp_path / "server").mkdir()
+    (tmp_path / "server/__init__.py").touch()
     (tmp_path / "server/__main__.py").write_text("import sys; print(sys.argv[1:])")
     command = [sys.executable, "-m", "maskllm.cli", "serve", "--port", "9000", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
