@@ -97,10 +97,14 @@ def _cell(value: float, rivals: list[float]) -> str:
 
 def missed() -> dict[str, str]:
     """The figures that miss their must, by topic and name, and what is wrong with each."""
-    return {
-        f"{file.stem}: {row.name}": f"{row.value:.4g} {row.unit}, must be {row.must:.4g}, {row.better} is better"
+    rows = (
+        (file.stem, Row(**entry))
         for file in sorted(HERE.glob("*.json"))
-        for row in (Row(**entry) for entry in json.loads(file.read_text())["rows"])
+        for entry in json.loads(file.read_text())["rows"]
+    )
+    return {
+        f"{topic}: {row.name}": f"{row.value:.4g} {row.unit}, must be {row.must:.4g}, {row.better} is better"
+        for topic, row in rows
         if row.misses
     }
 
