@@ -41,10 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = CliSettingsSource[Any](Cli, add_argument_method=_add_argument)
         command: Any = get_subcommand(CliApp.run(Cli, args, source), cli_exit_on_error=False)
         command.run()
-    except ValidationError as error:
-        return _complain(args, _wrong_options(error), 2)
-    except SettingsError as error:
-        return _complain(args, str(error).removeprefix("Error: "), 2)
+    except (ValidationError, SettingsError) as error:
+        return _complain(args, _wrong_options(error), 2) if _first() else 0
     except OSError as error:
         return _complain(args, f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except KeyboardInterrupt as stop:
@@ -83,8 +81,8 @@ class Prune(OnBase):
       --out masks/wanda.safetensors
     """
 
-    method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
-    """How weights are scored; magnitude needs no text."""
+    method: Literal["magnitude", "wanda", "sparsegpt", "reconstruct"] = "wanda"
+    """How weights are chosen: magnitude needs no text, reconstruct is the best for weights that stay."""
     n: PositiveInt = 2
     """Weights kept in each group."""
     m: PositiveInt = 4
@@ -293,11 +291,14 @@ class Learn(LearnConfig, Command):
     """The base: a folder or a Hugging Face name."""
 
     def run(self) -> None:
+        from transformers.utils import logging
+
         from maskllm.learn.trainer import run
 
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         config = LearnConfig(**self.model_dump(include=set(LearnConfig.model_fields)))
         report = run(self.model, config)
-        if report.sha256:  # the one of torchrun's processes that wrote the file
+        if _first():
             _report(asdict(report), self.as_json)
 
 
@@ -358,6 +359,11 @@ def _description(file: Path, mask_set: "MaskSet") -> dict[str, Any]:
     }
 
 
+def _first() -> bool:
+    """Whether this process speaks for all that torchrun started; alone it does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _report(figures: Mapping[str, Any], as_json: bool) -> None:
     """Figures as JSON, or as a table of two columns."""
     if as_json:
@@ -401,8 +407,10 @@ def _complain(args: Sequence[str], message: str, code: int) -> int:
     return code
 
 
-def _wrong_options(error: ValidationError) -> str:
+def _wrong_options(error: ValidationError | SettingsError) -> str:
     """The first thing wrong with the options, as the user wrote them."""
+    if isinstance(error, SettingsError):
+        return str(error).removeprefix("Error: ")
     first = error.errors()[0]
     option = "--" + str(first["loc"][1]).replace("_", "-") + ": " if len(first["loc"]) > 1 else ""
     return option + first["msg"].removeprefix("Value error, ")

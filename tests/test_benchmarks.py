@@ -1,13 +1,15 @@
 """The published figures: each keeps its `must`, and a figure that does not is noticed."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from report import Row, table  # noqa: E402
+from report import Row, missed, table  # noqa: E402
+
+KNOWN_MISSES: set[str] = set()
+"""Figures we publish although they are not good enough yet; whoever mends one takes it out here."""
 
 
 def test_a_figure_misses_its_must_only_on_the_wrong_side():
@@ -30,8 +32,5 @@ def test_a_table_has_a_row_for_each_mask_and_marks_the_best_sparse_figure_of_a_c
     ]
 
 
-def test_every_published_figure_keeps_its_must():
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/report.py", "check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout
+def test_every_published_figure_keeps_its_must_but_those_that_are_known_not_to():
+    assert set(missed()) == KNOWN_MISSES

@@ -28,22 +28,25 @@ MIXED = [*DOMAINS.values(), *["tinystories"] * 3]
 """What `general` learns from; stories are few, so they repeat."""
 GENERAL: dict[str, Any] = {
     "parameterisation": "per-item",
-    "schedule": "linear",
+    "prior_strength": 6.0,
+    "prior": "reconstruct",
+    "schedule": "exponential",
+    "tau": [4.0, 0.5],
     "distill": 1.0,
-    "steps": 400,
+    "steps": 700,
+    "eval_every": 100,
     "batch": 8,
     "micro_batch": 8,
-    "length": LENGTH,
-    "lr": 3e-3,
+    "length": LENGTH // 2,
+    "lr": 2e-3,
     "weight_reg": 0.0,
     "heldout_windows": 16,
     "dtype": "bfloat16",
 }
 
 
-def domain_settings(name: str) -> dict[str, Any]:
-    """How a domain's mask is learned from the general one."""
-    return GENERAL | {"steps": 100, "distill": 0.5, "heldout_windows": 64}
+DOMAIN = GENERAL | {"steps": 300, "distill": 0.3, "heldout_windows": 64}
+"""How a domain's mask is learned from the general one."""
 
 
 def main() -> None:
@@ -56,15 +59,14 @@ def main() -> None:
     args = parser.parse_args()
 
     for name in args.only:
-        settings, domains, prior = GENERAL, MIXED, "sparsegpt"
+        settings, domains = GENERAL, MIXED
         if name != "general":
-            settings, domains = domain_settings(name), [DOMAINS[name]]
-            prior = str(args.out / "general.safetensors")
+            settings = DOMAIN | {"prior": str(args.out / "general.safetensors")}
+            domains = [DOMAINS[name]]
         config = LearnConfig(
             out=args.out / f"{name}.safetensors",
             data=[str(args.data / domain / "train.txt") for domain in domains],
             heldout=[str(args.data / domain / "valid.txt") for domain in dict.fromkeys(domains)],
-            prior=prior,
             **settings,
         )
         print(name, run(str(DEMO), config))

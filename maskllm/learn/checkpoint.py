@@ -62,10 +62,12 @@ def save(
                 tensors[f"{name}.optimizer.{key}"] = value
             else:
                 numbers.setdefault(name, {})[key] = value
-    tensors = {key: whole(tensor) for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():  # one at a time: together they may be more than a GPU holds
+        gathered = whole(tensor)
+        tensors[key] = gathered.cpu() if write else torch.empty(0)
     if not write:
         return
-    header = {"position": vars(position), "optimizer": numbers, "identity": identity}
+    header = {"identity": identity, "position": vars(position), "optimizer": numbers}
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -84,8 +86,8 @@ def restore(
     """Put the saved state back in place, and return how far it had come."""
     header, tensors = _read(path)
     for name, now in identity.items():
-        if (was := header.get("identity", {}).get(name)) != now:
-            raise CannotResume(f"{path} is of another run: {name} was {was}, and is {now}")
+        if (then := header["identity"].get(name)) != now:
+            raise CannotResume(f"{path} is of another run: {name} was {then}, and is {now}")
     for name, gate in gates.items():
         gate.logits.copy_(_sharded_like(tensors[f"{name}.logits"], gate.logits))
         gate.prior = tensors[f"{name}.prior"].to(gate.prior.device)
@@ -104,7 +106,7 @@ def _sharded_like(tensor: Tensor, logits: Tensor) -> Tensor:
     tensor = tensor.to(logits.device)
     if not isinstance(logits, DTensor) or tensor.shape != logits.shape:
         return tensor
-    return distribute_tensor(tensor, logits.device_mesh, logits.placements)
+    return distribute_tensor(tensor, logits.device_mesh, logits.placements, src_data_rank=None)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

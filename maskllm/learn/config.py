@@ -76,7 +76,8 @@ class LearnConfig(BaseModel):
     distill: Share = 0.0
     """How much of the loss is the divergence from the dense base's own answers instead of the data's."""
     prior: str = "sparsegpt"
-    """What to start from: magnitude, wanda, sparsegpt, none, or a mask file of this base."""
+    """What to start from: magnitude, wanda, sparsegpt (the paper), reconstruct, none, or a mask file of this
+    base."""
     prior_strength: NonNegativeFloat = 3.0
     """How many standard deviations of the logits the prior's patterns are ahead."""
     weight_reg: NonNegativeFloat = 10.0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from maskllm.data import source_names
 from maskllm.learn import checkpoint, priors, tasks
 from maskllm.learn.checkpoint import Position
 from maskllm.learn.config import NOT_THE_RESULT, LearnConfig
-from maskllm.learn.distributed import World, any_of, mean, spread, world
+from maskllm.learn.distributed import World, any_of, average_gradients, mean, spread, world
 from maskllm.learn.gates import Gate, Sampling, install, whole
 from maskllm.learn.objective import loss
 from maskllm.learn.progress import Measured, Progress, draw
@@ -67,10 +68,10 @@ def run(model: str, config: LearnConfig) -> Report:
     ValueErrors.
     """
     stopped = config.out.with_suffix(".checkpoint")
-    if stopped.exists() and not config.resume:
-        raise CannotLearn(f"{stopped} is of a run that was stopped: go on with --resume, or delete it")
-    prior = priors.identify(config.prior)
     with world(choose_device(config.device)) as here:
+        if stopped.exists() and not config.resume:
+            raise CannotLearn(f"{stopped} is of a run that was stopped: go on with --resume, or delete it")
+        prior = priors.identify(config.prior)
         _share_parts(config, here)
         task = tasks.load(model, config, here.device)
         settings = config.model_dump(mode="json", exclude=NOT_THE_RESULT) | {"prior": prior}
@@ -116,7 +117,7 @@ def learn(
     """
     sampling = Sampling(config.seed, config.scale[0], config.tau[0])
     gates = _install(task, config, sampling)
-    model = spread(task.model, config.parallel, here)
+    spread(task.model, config.parallel, here)
     if config.gradient_checkpointing:
         _checkpoint_gradients(task.model)
     logits = [gate.logits for gate in gates.values()]
@@ -168,12 +169,13 @@ def learn(
                 if config.distill:
                     sampling.mode = "dense"
                     with torch.no_grad():
-                        teacher = task.logits(model, part.inputs)
+                        teacher = task.logits(task.model, part.inputs)
                 sampling.draw(number)
-                part_loss = loss(task.logits(model, part.inputs), part.labels, teacher, config.distill)
+                part_loss = loss(task.logits(task.model, part.inputs), part.labels, teacher, config.distill)
                 kept = sum(sampling.kept.values()) / norm
                 torch.autograd.backward((part_loss - weight_reg * kept) * weight)
                 step_loss += float(part_loss.detach()) * weight
+            average_gradients(logits, config.parallel, here)
             clip_grad_norm_(logits, CLIP)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -207,10 +209,11 @@ def _parts(batch: Batch, step: int, config: LearnConfig, here: World) -> Iterato
 
 
 def _share_parts(config: LearnConfig, here: World) -> None:
-    if here.size > 1 and config.batch % (config.micro_batch * here.size):
+    share = config.micro_batch * here.size
+    if here.size > 1 and config.batch % share:
         raise CannotLearn(
             f"a batch of {config.batch} in micro-batches of {config.micro_batch} cannot be shared equally by "
-            f"{here.size} processes: give a multiple of {config.micro_batch * here.size}"
+            f"{here.size} processes: say --batch {ceil(config.batch / share) * share}"
         )
 
 

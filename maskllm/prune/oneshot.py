@@ -4,6 +4,8 @@ magnitude   keeps the largest |w|
 wanda       keeps the largest |w| * ||x||, x being the layer's input (Sun et al., arXiv 2306.11695)
 sparsegpt   keeps what the layer's output would miss most, given that kept weights make good for
             dropped ones (Frantar and Alistarh, arXiv 2301.00774; `sparsegpt.py`)
+reconstruct keeps what brings the layer's output nearest to the dense one with the weights as they are
+            (ours; `reconstruct.py`)
 """
 
 import warnings
@@ -20,10 +22,10 @@ from transformers import PreTrainedModel
 from maskllm.core.layers import decoder_blocks, maskable
 from maskllm.core.patterns import BadPattern, best, check
 from maskllm.data import BadData
-from maskllm.prune import sparsegpt
+from maskllm.prune import reconstruct, sparsegpt
 from maskllm.prune.calibration import Walk
 
-Method = Literal["magnitude", "wanda", "sparsegpt"]
+Method = Literal["magnitude", "wanda", "sparsegpt", "reconstruct"]
 
 
 @torch.no_grad()
@@ -86,9 +88,11 @@ def _prune_group(
     masks = {}
     statistic = _input_norms(inputs) if method == "wanda" else sparsegpt.hessian(inputs)
     for name, layer in layers.items():
-        weight = layer.weight.float()
+        weight, updated = layer.weight.float(), layer.weight
         if method == "wanda":
             masks[name] = best(weight.abs() * statistic, n, m)
+        elif method == "reconstruct":
+            masks[name] = reconstruct.solve(weight, statistic, n, m)
         else:
             masks[name], updated = sparsegpt.solve(weight, statistic, n, m)
         if update_weights:

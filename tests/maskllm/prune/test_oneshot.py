@@ -28,6 +28,7 @@ from maskllm.data import BadData, load_tokens, windows
 from maskllm.evaluate.perplexity import masked, perplexity
 from maskllm.models import load_base
 from maskllm.prune.oneshot import Method, prune
+from maskllm.prune.reconstruct import solve as solve_for_frozen
 from maskllm.prune.sparsegpt import solve
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -101,8 +102,14 @@ def sparsegpt(weight: Tensor, x: Tensor) -> Tensor:
     return solve(weight, x.T @ x)[0]
 
 
+def reconstruct(weight: Tensor, x: Tensor) -> Tensor:
+    return solve_for_frozen(weight, x.T @ x)
+
+
 @every_architecture
-@pytest.mark.parametrize(("method", "score"), [("wanda", wanda), ("sparsegpt", sparsegpt)])
+@pytest.mark.parametrize(
+    ("method", "score"), [("wanda", wanda), ("sparsegpt", sparsegpt), ("reconstruct", reconstruct)]
+)
 def test_going_block_by_block_finds_the_masks_of_going_the_long_way(
     make: Make, calibration: Tensor, method: Method, score: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
@@ -115,7 +122,7 @@ def test_going_block_by_block_finds_the_masks_of_going_the_long_way(
 
 
 @every_architecture
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "reconstruct"])
 def test_the_model_is_bit_for_bit_what_it_was(make: Make, calibration: Tensor, method: Method) -> None:
     model, untouched = made(make), made(make)
     prune(model, calibration, method, batch=4, progress=False)
@@ -213,7 +220,7 @@ def test_figures_of_a_model_nobody_here_made() -> None:
         for split, limit in {"train": 8 * 512 + 1, "test": 16 * 512 + 1}.items()
     }
     calibration, found = stories["train"][:, :-1], {}
-    for method in ("magnitude", "wanda", "sparsegpt"):
+    for method in ("magnitude", "wanda", "sparsegpt", "reconstruct"):
         masks = prune(base.model, calibration, method, progress=False)
         with masked(base.model, masks):
             found[method] = perplexity(base.model, stories["test"])
@@ -223,4 +230,5 @@ def test_figures_of_a_model_nobody_here_made() -> None:
     assert found["magnitude"] == pytest.approx(120, rel=0.1)
     assert found["wanda"] == pytest.approx(66, rel=0.15)
     assert found["sparsegpt"] == pytest.approx(46, rel=0.15)
+    assert found["reconstruct"] < 0.9 * found["sparsegpt"]
     assert found["updated"] == pytest.approx(30, rel=0.15)
