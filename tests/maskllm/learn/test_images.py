@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from maskllm.images import Folder, is_classifier, load_classifier, measure, read
 from maskllm.learn.config import LearnConfig
 from maskllm.learn.trainer import run
 from maskllm.prune.calibration import Walk
+from maskllm.prune.oneshot import Method
 
 TRAIN = 1_297
 """Of the 1,797 digits; 500 are held out."""
@@ -126,7 +127,7 @@ def test_a_learned_mask_gets_back_most_of_what_magnitude_loses(
     assert cli.main(["verify", str(out), "--base", digits.base]) == 0
 
 
-@pytest.mark.parametrize("prior", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("prior", get_args(Method))
 def test_every_one_shot_prior_is_a_place_to_start(digits: Digits, tmp_path: Path, prior: str) -> None:
     still = {"prior_strength": 1000, "lr": 1e-12, "steps": 1, "prior": prior}
     report = run(digits.base, config(digits, tmp_path / "a.safetensors", **still))

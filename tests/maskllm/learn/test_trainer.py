@@ -27,7 +27,7 @@ from maskllm.learn import distributed, tasks
 from maskllm.learn.checkpoint import CannotResume
 from maskllm.learn.config import LearnConfig
 from maskllm.learn.gates import Sampling
-from maskllm.learn.priors import NoPrior
+from maskllm.learn.priors import NAMES, NoPrior
 from maskllm.learn.progress import Measured
 from maskllm.learn.trainer import CannotLearn, Report, _settled, learn, run
 from maskllm.models import BadDevice, BadLength, load_base
@@ -385,7 +385,7 @@ def maskable_names(world: World) -> list[str]:
     return list(maskable(load_base(world.base).model))
 
 
-@pytest.mark.parametrize("prior", ["magnitude", "wanda", "sparsegpt", "none"])
+@pytest.mark.parametrize("prior", NAMES)
 def test_every_prior_is_a_place_to_start(world: World, tmp_path: Path, prior: str) -> None:
     report = run(world.base, config(world, tmp_path / "a.safetensors", prior=prior, steps=2))
     assert maskset.load(Path(report.out)).provenance["prior"] == prior
@@ -417,7 +417,7 @@ def test_a_prior_that_does_not_fit_is_refused(world: World, tmp_path: Path) -> N
         run(world.base, config(world, tmp_path / "a.safetensors", prior=part.out))
     with pytest.raises(maskset.WrongPattern, match="2:4, not 4:8"):
         run(world.base, config(world, tmp_path / "a.safetensors", prior=part.out, n=4, m=8))
-    with pytest.raises(NoPrior, match="give magnitude, wanda, sparsegpt, none, or a mask file"):
+    with pytest.raises(NoPrior, match="give magnitude, wanda, sparsegpt, reconstruct, none, or a mask"):
         run(world.base, config(world, tmp_path / "a.safetensors", prior="magnitud"))
 
 
