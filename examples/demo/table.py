@@ -3,7 +3,8 @@
     python examples/demo/table.py --data ../shared/data/domains
 
 Writes benchmarks/demo.json. One-shot masks are made here: magnitude from the weights alone, Wanda,
-SparseGPT and reconstruct from a mix of all domains' training text, and SparseGPT once more for each column from its own.
+SparseGPT and reconstruct from a mix of all domains' training text, and SparseGPT once more for each column
+from its own.
 """
 
 import argparse
