@@ -2,8 +2,9 @@
 
     python examples/demo/table.py --data ../shared/data/domains
 
-Writes benchmarks/demo.json. One-shot masks are made here: magnitude from the weights alone, Wanda and
-SparseGPT from a mix of all domains' training text, and SparseGPT once more for each column from its own.
+Writes benchmarks/demo.json. One-shot masks are made here: magnitude from the weights alone, Wanda,
+SparseGPT and reconstruct from a mix of all domains' training text, and SparseGPT once more for each column
+from its own.
 """
 
 import argparse
@@ -50,6 +51,7 @@ def main() -> None:
     rows["magnitude"] = dict.fromkeys(MIX, prune(model, None, "magnitude"))
     rows["wanda"] = dict.fromkeys(MIX, prune(model, mixed, "wanda"))
     rows["sparsegpt"] = dict.fromkeys(MIX, prune(model, mixed, "sparsegpt"))
+    rows["reconstruct"] = dict.fromkeys(MIX, prune(model, mixed, "reconstruct"))
     rows["sparsegpt, on the column's own text"] = {d: prune(model, own[d], "sparsegpt") for d in MIX}
     for name in ("general", *DOMAINS):
         learned = maskset.load(HERE / "masks" / f"{name}.safetensors", base)
