@@ -7,7 +7,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: serve test gpu check tour table quality bench-check readme clean
+.PHONY: serve test gpu check tour table quality memory bench-check readme clean
 
 serve: .venv/$(ENGINE)  ## Serve the demo base and its masks
 	$(BIN)/maskllm serve --model examples/demo/base --masks examples/demo/masks --host $(HOST) --port $(PORT) $(ARGS)
@@ -34,6 +34,10 @@ table: .venv/$(ENGINE)  ## Measure the demo's masks on every domain and rewrite 
 
 quality: .venv/$(ENGINE)  ## Learn every published mask for three seeds, measure them, rewrite the README's tables
 	$(BIN)/python benchmarks/quality.py --data $(DATA)
+	$(BIN)/python benchmarks/report.py readme
+
+memory: .venv/$(ENGINE)  ## Measure what learning a mask holds beyond the base
+	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/report.py readme
 
 bench-check: .venv/$(ENGINE)  ## Print every published figure that misses its `must`
