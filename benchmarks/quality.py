@@ -94,15 +94,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="masks learned at the same time")
     parser.add_argument("--only", nargs="*", help="learn these masks and measure nothing")
+    parser.add_argument("--measure", action="store_true", help="learn nothing, measure what --work holds")
     args = parser.parse_args()
 
     speed = learning_speed() if not args.only else None  # first, while the machine is quiet
-    learn_all(args.data, args.work, args.seeds, args.jobs, args.only)
+    if not args.measure:
+        learn_all(args.data, args.work, args.seeds, args.jobs, args.only)
     if speed is None:
         return
     rows = [*stories_rows(args), *demo_rows(args), speed]
     seeds = ", ".join(map(str, args.seeds))
-    note = f"Hard masks on test text, windows of {LENGTH}, float32; of seeds {seeds}"
+    note = f"Hard masks on test text, windows of {LENGTH}, float32; of seeds {seeds}, as many as the last column says"
     write("quality", "make quality", rows, note, of="figure")
 
 
