@@ -8,7 +8,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from report import Row, missed, table  # noqa: E402
 
-KNOWN_MISSES: set[str] = set()
+KNOWN_MISSES = {"quality: demo, general mask: gap closed | mean"}
 """Figures we publish although they are not good enough yet; whoever mends one takes it out here."""
 
 
