@@ -95,23 +95,22 @@ def _cell(value: float, rivals: list[float]) -> str:
     return f"**{value:.4g}**" if len(rivals) > 1 and value == min(rivals) else f"{value:.4g}"
 
 
-def missed() -> dict[str, str]:
-    """The figures that miss their must, by topic and name, and what is wrong with each."""
-    rows = (
-        (file.stem, Row(**entry))
-        for file in sorted(HERE.glob("*.json"))
-        for entry in json.loads(file.read_text())["rows"]
-    )
+def missed() -> dict[str, Row]:
+    """The figures that miss their must, by topic and name."""
     return {
-        f"{topic}: {row.name}": f"{row.value:.4g} {row.unit}, must be {row.must:.4g}, {row.better} is better"
-        for topic, row in rows
+        f"{file.stem}: {row.name}": row
+        for file in sorted(HERE.glob("*.json"))
+        for row in (Row(**entry) for entry in json.loads(file.read_text())["rows"])
         if row.misses
     }
 
 
 def check() -> int:
     """Print the figures that miss their must; 1 if there are any."""
-    lines = [f"{name}: {trouble}" for name, trouble in missed().items()]
+    lines = [
+        f"{name}: {row.value:.4g} {row.unit}, must be {row.must:.4g}, {row.better} is better"
+        for name, row in missed().items()
+    ]
     print("\n".join(lines) or "every published figure keeps its must")
     return int(bool(lines))
 

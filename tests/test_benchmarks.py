@@ -8,8 +8,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from report import Row, missed, table  # noqa: E402
 
-KNOWN_MISSES = {"quality: demo, general mask: gap closed | mean"}
-"""Figures we publish although they are not good enough yet; whoever mends one takes it out here."""
+KNOWN_MISSES = {"quality: demo, general mask: gap closed | mean": 62.0}
+"""Figures we publish although they miss their must, and what they may not fall below; whoever mends one takes
+it out here."""
 
 
 def test_a_figure_misses_its_must_only_on_the_wrong_side():
@@ -33,4 +34,6 @@ def test_a_table_has_a_row_for_each_mask_and_marks_the_best_sparse_figure_of_a_c
 
 
 def test_every_published_figure_keeps_its_must_but_those_that_are_known_not_to():
-    assert set(missed()) == KNOWN_MISSES
+    misses = missed()
+    assert misses.keys() == KNOWN_MISSES.keys()
+    assert all(misses[name].value >= least for name, least in KNOWN_MISSES.items())

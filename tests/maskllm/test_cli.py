@@ -290,7 +290,7 @@ def test_wrong_input_is_one_clear_line_and_exit_code_1(
     assert not out.exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a missing GPU is only met where there is none")
 def test_a_gpu_that_is_not_there_is_said_so(base_folder: Path, text: Path, run: Run) -> None:
     code, _, err = run("eval", base_folder, "--data", text, "--device", "cuda:1")
     assert (code, err) == (1, "maskllm eval: there is no cuda:1 here: leave --device out, or say cpu\n")

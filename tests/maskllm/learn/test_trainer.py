@@ -32,7 +32,10 @@ from maskllm.learn.progress import Measured
 from maskllm.learn.trainer import CannotLearn, Report, _settled, learn, run
 from maskllm.models import BadDevice, BadLength, load_base
 
-needs_bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
+needs_bitsandbytes = pytest.mark.skipif(
+    not find_spec("bitsandbytes"),
+    reason="needs bitsandbytes, which has no wheel for every machine: the extra 8bit",
+)
 
 SHARED = Path(__file__).parents[4] / "shared"
 
@@ -453,7 +456,7 @@ def test_what_cannot_work_together_is_met_before_anything_is_loaded(world: World
         config(world, tmp_path / "a.safetensors", distill=1.5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a missing GPU is only met where there is none")
 def test_a_gpu_that_is_not_there_is_said_so(world: World, tmp_path: Path) -> None:
     with pytest.raises(BadDevice, match="there is no cuda here"):
         run(world.base, config(world, tmp_path / "a.safetensors", device="cuda"))
@@ -491,7 +494,7 @@ def test_a_picture_of_the_run_is_put_beside_the_mask(world: World, tmp_path: Pat
 
 def test_a_few_steps_on_a_real_model_beat_its_magnitude_mask(tmp_path: Path) -> None:
     if not SHARED.exists():
-        pytest.skip(f"needs the trained model in {SHARED.name}/ beside the repository")
+        pytest.skip("needs ../shared/data, which is not part of this repository")
     stories = SHARED / "data/domains/tinystories"
     (tmp_path / "train.txt").write_text((stories / "train.txt").read_text()[:100_000])
     (tmp_path / "heldout.txt").write_text((stories / "valid.txt").read_text()[:20_000])
