@@ -33,19 +33,19 @@ GENERAL: dict[str, Any] = {
     "schedule": "exponential",
     "tau": [4.0, 0.5],
     "distill": 1.0,
-    "steps": 700,
-    "eval_every": 100,
+    "steps": 2000,
+    "eval_every": 200,
     "batch": 8,
     "micro_batch": 8,
     "length": LENGTH // 2,
-    "lr": 2e-3,
+    "lr": 1.4e-3,
     "weight_reg": 0.0,
     "heldout_windows": 16,
     "dtype": "bfloat16",
 }
 
 
-DOMAIN = GENERAL | {"steps": 300, "distill": 0.3, "heldout_windows": 64}
+DOMAIN = GENERAL | {"steps": 300, "eval_every": 100, "lr": 2e-3, "distill": 0.3, "heldout_windows": 64}
 """How a domain's mask is learned from the general one."""
 
 
