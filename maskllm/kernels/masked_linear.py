@@ -1,35 +1,94 @@
 """The one operator of serving: a linear layer in which every row has its own mask, or none.
 
-`slots` holds the resident masks of one layer. What a slot looks like is the backend's own affair:
-make it with `allocate`, write it with `fill`, and pass it back. Today there is one backend, the
-reference, whose slot is the bool mask itself and which runs wherever torch runs.
+`slots` holds the resident masks of one layer. Make it with `allocate`, write it with `fill`, and pass it to
+`masked_linear`. Its dtype says what a slot is and so who multiplies by it:
+
+    bfloat16, int8    the kept values of a 2:4 mask and its bits, as this machine's kernels want them
+                      (cpu.py and cpu/, C++; gpu.py, Triton and sparse tensor cores)
+    bool              the mask itself, of any pattern: the reference, in plain torch, which runs everywhere
 """
+
+import os
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskllm.core.patterns import expand, unpack
+from maskllm.kernels import cpu, gpu
+
 DENSE = -1
 """The row slot of a row that uses the base's own weights."""
 
 
-def allocate(weight: Tensor, count: int) -> Tensor:
-    """Empty slots for `count` masks of a weight (out, in); one byte a weight and slot."""
-    return torch.zeros(count, *weight.shape, dtype=torch.bool, device=weight.device)
+class NoBackend(ValueError):
+    """A backend, or a dtype of slots, that this machine or this weight does not have."""
 
 
-def fill(slots: Tensor, slot: int, mask: Tensor) -> None:
-    """Make a mask (out, in) bool resident in a slot."""
-    slots[slot].copy_(mask)
+def backend(device: torch.device) -> ModuleType | None:
+    """The kernels for weights on a device; None is the reference.
 
-
-@torch.library.custom_op("maskllm::masked_linear", mutates_args=())
-def masked_linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
-    """x (rows, in) times the masked weight (out, in) of each row's slot, plus bias -> (rows, out).
-
-    `row_slots` (rows,) int32 gives each row's slot, or DENSE. The masked weight is selected with
-    `where`, never multiplied: a product would leave -0.0 behind, and could not mask an infinity.
+    The environment's MASKLLM_BACKEND forces `reference`, or one of the CPU's instruction sets
+    (`cpu.available`). Raises NoBackend where it asks for what is not there.
     """
+    forced = os.environ.get("MASKLLM_BACKEND", "")
+    if forced == "reference":
+        return None
+    module = cpu if device.type == "cpu" else gpu
+    if forced:
+        if module is gpu or forced not in cpu.available():
+            have = ["reference", *(cpu.available() if module is cpu else [])]
+            raise NoBackend(f"MASKLLM_BACKEND={forced} is not on this machine: {', '.join(have)}")
+        cpu.use(forced)
+    return None if module.why_not() else module
+
+
+def allocate(weight: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty slots for `count` masks of a weight (out, in), first dimension the slot; fill one before its use.
+
+    `dtype` is bfloat16 or int8, the values' dtype, or bool for the reference. None takes bfloat16 where it
+    holds every weight exactly and there are kernels for it, else bool.
+    """
+    module = backend(weight.device)
+    if dtype is None:
+        exact = weight.dtype == torch.bfloat16 or torch.equal(weight.bfloat16().to(weight.dtype), weight)
+        dtype = torch.bfloat16 if module and exact else torch.bool
+    if dtype == torch.bool:
+        return torch.zeros(count, *weight.shape, dtype=torch.bool, device=weight.device)
+    if module is None:
+        why = (cpu if weight.device.type == "cpu" else gpu).why_not() or "MASKLLM_BACKEND=reference"
+        raise NoBackend(f"no {dtype} slots without kernels: {why}")
+    if weight.shape[1] % 4:
+        raise NoBackend(f"no {dtype} slots for {weight.shape[1]} inputs: 2:4 needs a multiple of 4")
+    slots: Tensor = module.allocate(weight, count, dtype)
+    return slots
+
+
+def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
+    """Make a 2:4 mask of the weight (out, in) resident in a slot, in place.
+
+    `packed` is (out, bytes) uint8 as `maskllm.core.patterns.pack` writes it. Kept values are copied and
+    dropped ones left out, never multiplied: a product would leave -0.0 behind and could not mask an infinity.
+    """
+    if slots.dtype == torch.bool:
+        slots[slot].copy_(expand(unpack(packed, weight.shape[1] // 4)))
+    else:
+        (cpu if slots.device.type == "cpu" else gpu).fill(slots, slot, weight, packed)
+
+
+def _masked_linear(
+    x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None
+) -> Tensor:
+    multiply: Callable[..., Tensor] = reference
+    if slots.dtype != torch.bool:
+        multiply = cpu.linear if slots.device.type == "cpu" else gpu.linear
+    return multiply(x, weight, slots, row_slots, bias)
+
+
+def reference(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
+    """`masked_linear` in plain torch, obviously right; slots are (count, out, in) bool."""
     out = x.new_empty(x.shape[0], weight.shape[0])
     present = torch.unique(row_slots).tolist()
     for slot in present:
@@ -41,6 +100,24 @@ def masked_linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, b
     return out
 
 
-@masked_linear.register_fake
+torch.library.define(
+    "maskllm::masked_linear",
+    "(Tensor x, Tensor weight, Tensor slots, Tensor row_slots, Tensor? bias) -> Tensor",
+)
+torch.library.impl("maskllm::masked_linear", ["CPU", "CUDA"], _masked_linear)
+
+
+@torch.library.register_fake("maskllm::masked_linear")
 def _(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def masked_linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
+    """x (rows, in) times the masked weight (out, in) of each row's slot, plus bias -> (rows, out).
+
+    `row_slots` (rows,) int32 gives each row's slot, or DENSE. Inputs that only dropped weights would meet
+    take no part, an infinity or NaN included (the reference multiplies them by 0). With int8 slots inputs,
+    too, are rounded to 8 bits, by each row's largest; a row that is not finite then answers NaN.
+    """
+    out: Tensor = torch.ops.maskllm.masked_linear(x, weight, slots, row_slots, bias)
+    return out

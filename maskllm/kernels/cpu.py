@@ -1,0 +1,151 @@
+"""2:4 kernels for CPUs: the C++ in cpu/, built with the package, called through ctypes.
+
+What a slot looks like is told in cpu/layout.h. Threads are torch's: the library binds to the OpenMP runtime
+that torch has loaded, and uses as many threads as torch is set to.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+LARGE = 1 << 20
+"""Below this many weights a second thread costs more than it does."""
+
+
+def why_not() -> str | None:
+    """Why these kernels cannot run here, None if they can."""
+    if not _library():
+        return "the C++ kernels were not built: install the package with a C++ compiler"
+    return None
+
+
+def available() -> list[str]:
+    """The instruction sets that can run here, the fastest first."""
+    return _library().maskllm_available().decode().split() if _library() else []
+
+
+def using() -> str:
+    """The instruction set in use."""
+    name: str = _library().maskllm_using().decode()
+    return name
+
+
+def use(name: str) -> None:
+    """Use one of the available instruction sets from now on; slots filled under another stay valid."""
+    _library().maskllm_use(name.encode())
+
+
+def force_form(form: int) -> None:
+    """How rows with different masks share a step, for tests and benchmarks.
+
+    0 multiplies each slot by its rows; 1 reads the dense weight once for all (avx512-bf16, bfloat16 weights);
+    -1, the default, does what the cost model in cpu/api.cpp expects to be faster.
+    """
+    _library().maskllm_force_form(form)
+
+
+def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Empty slots (count, values) for a weight (out, in); `dtype` bfloat16 or int8.
+
+    9 bits a weight as bfloat16; as int8 5, and a scale for each row: its largest dense weight over 127, so
+    that no mask changes it. Rows and columns are padded to 4 and 128. Memory is committed as slots are filled.
+    """
+    slot_bytes = _library().maskllm_slot_bytes(*weight.shape, TYPES[dtype])
+    slots = torch.empty(count, slot_bytes // dtype.itemsize, dtype=dtype)
+    _library().maskllm_advise(slots.data_ptr(), slots.nbytes)
+    if dtype == torch.int8:
+        scales = weight.abs().amax(1).float() / 127
+        slots[:, : 4 * len(scales)].copy_(scales.view(torch.int8))
+    return slots
+
+
+def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
+    """Write the mask `packed` (out, bytes) uint8 of a weight (out, in) into a slot."""
+    weight = weight if weight.dtype in TYPES else weight.float()
+    packed = packed.contiguous()
+    _library().maskllm_fill(
+        slots[slot].data_ptr(),
+        TYPES[slots.dtype],
+        weight.data_ptr(),
+        TYPES[weight.dtype],
+        weight.stride(0),
+        packed.data_ptr(),
+        *weight.shape,
+        _threads(weight),
+    )
+
+
+def linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
+    """The operator; see `masked_linear`. Dense rows that torch does better are torch's."""
+    if x.dtype not in TYPES:  # float16
+        offset = bias.float() if bias is not None else None
+        return linear(x.float(), weight.float(), slots, row_slots, offset).to(x.dtype)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    offset = bias.float() if bias is not None else None
+    left = _library().maskllm_multiply(
+        x.data_ptr(),
+        TYPES[x.dtype],
+        x.stride(0),
+        x.shape[0],
+        row_slots.data_ptr(),
+        weight.data_ptr(),
+        TYPES.get(weight.dtype, -1),
+        weight.stride(0),
+        slots.data_ptr(),
+        slots.stride(0) * slots.itemsize,
+        TYPES[slots.dtype],
+        *weight.shape,
+        None if offset is None else offset.data_ptr(),
+        out.data_ptr(),
+        _threads(weight),
+    )
+    if left == x.shape[0]:
+        return functional.linear(x, weight.to(x.dtype), bias)
+    if left:
+        rows = (row_slots < 0).nonzero().squeeze(1)
+        out[rows] = functional.linear(x[rows], weight.to(x.dtype), bias)
+    return out
+
+
+def _threads(weight: Tensor) -> int:
+    return torch.get_num_threads() if weight.numel() >= LARGE else 1
+
+
+@cache
+def _library() -> Any:
+    """The shared library beside this file, None where it was not built."""
+    built = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    if not built:
+        return None
+    library = ctypes.CDLL(str(built[0]))
+    pointer, integer, long, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_char_p
+    signatures: dict[str, tuple[Callable[..., Any] | None, list[Any]]] = {
+        "available": (text, []),
+        "using": (text, []),
+        "use": (None, [text]),
+        "force_form": (None, [integer]),
+        "slot_bytes": (long, [long, long, integer]),
+        "advise": (None, [pointer, long]),
+        "fill": (None, [pointer, integer, pointer, integer, long, pointer, long, long, integer]),
+        "multiply": (
+            long,
+            [
+                *(pointer, integer, long, long, pointer),  # x, and the slot of each row
+                *(pointer, integer, long),  # weight
+                *(pointer, long, integer),  # slots
+                *(long, long, pointer, pointer, integer),
+            ],
+        ),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, f"maskllm_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library

@@ -1,0 +1,472 @@
+// What Python calls: write a slot, multiply a batch. Picks the instruction set, lays inputs out, shares the
+// quads among threads. One OpenMP runtime with torch: whoever loads this library has loaded torch before.
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "layout.h"
+
+namespace maskllm {
+namespace {
+
+enum Type : int { F32 = 0, BF16 = 1, INT8 = 2 };
+
+// Base-6 byte -> the mask bits of its three groups, first group lowest.
+struct Packed {
+    uint16_t bits[256] = {};
+    constexpr Packed() {
+        constexpr uint8_t code[6] = {3, 5, 9, 6, 10, 12};
+        for (int b = 0; b < 216; b++) bits[b] = uint16_t(code[b % 6] | code[b / 6 % 6] << 4 | code[b / 36] << 8);
+    }
+};
+constexpr Packed PACKED;
+constexpr uint32_t PADDING = 0x33333333;  // groups past the last keep two zeros
+
+// A row of packed codes -> its mask bits, 96 columns at a time.
+void unpack(const uint8_t* codes, size_t bytes, uint32_t* bits) {
+    const uint16_t* table = PACKED.bits;
+    auto write = [&](uint64_t low, uint64_t high) {  // 60 and 36 bits
+        bits[0] = uint32_t(low), bits[1] = uint32_t(low >> 32 | high << 28), bits[2] = uint32_t(high >> 4);
+        bits += 3;
+    };
+    for (; bytes >= 8; codes += 8, bytes -= 8)
+        write(uint64_t(table[codes[0]]) | uint64_t(table[codes[1]]) << 12 | uint64_t(table[codes[2]]) << 24 |
+                  uint64_t(table[codes[3]]) << 36 | uint64_t(table[codes[4]]) << 48,
+              uint64_t(table[codes[5]]) | uint64_t(table[codes[6]]) << 12 | uint64_t(table[codes[7]]) << 24);
+    uint64_t low = 0, high = 0;
+    for (size_t i = 0; i < bytes; i++) (i < 5 ? low : high) |= uint64_t(table[codes[i]]) << 12 * (i % 5);
+    if (bytes) write(low, high);
+}
+
+// A copy past the caches, which a slot's megabytes would only empty.
+void stream(uint8_t* out, const uint8_t* from, size_t bytes) {
+#if defined(__x86_64__)
+    for (size_t i = 0; i < bytes; i += 16) _mm_stream_si128((__m128i*)(out + i), _mm_load_si128((const __m128i*)(from + i)));
+#else
+    std::memcpy(out, from, bytes);
+#endif
+}
+
+// What this processor can run, the fastest first.
+std::vector<const Kernels*> available() {
+    std::vector<const Kernels*> all;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool ice_lake = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
+                          __builtin_cpu_supports("avx512vnni");
+    if (ice_lake && __builtin_cpu_supports("avx512bf16")) all.push_back(avx512_bf16());
+    if (ice_lake) all.push_back(avx512());
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(avx2());
+#endif
+    if (neon()) all.push_back(neon());
+    all.push_back(portable());
+    return all;
+}
+
+const Kernels* kernels = available().front();
+int form = -1;  // of masks in one batch: 0 each slot for its rows, 1 the dense weight once for all, -1 the faster
+
+struct Shape {
+    size_t outs, columns, quads, blocks;
+    Shape(long outs, long columns)
+        : outs(outs), columns(columns), quads(ceil_div(outs, ROWS)), blocks(ceil_div(columns, COLUMNS)) {}
+};
+
+// A slot: scales where it is int8, mask bits, values.
+size_t value_bytes(int type) { return type == INT8 ? INT8_BYTES : BF16_BYTES; }
+size_t masks_at(const Shape& s, int type) { return type == INT8 ? ceil_div(s.quads * ROWS * 4, 64) * 64 : 0; }
+size_t values_at(const Shape& s, int type) { return masks_at(s, type) + s.quads * s.blocks * MASK_BYTES; }
+size_t slot_bytes(const Shape& s, int type) { return values_at(s, type) + s.quads * s.blocks * value_bytes(type); }
+
+// Which block of a slot it is.
+size_t place(const Shape& s, size_t quad, size_t block) {
+    const size_t chunk = block / CHUNK * CHUNK;
+    return chunk * s.quads + quad * std::min(CHUNK, s.blocks - chunk) + block - chunk;
+}
+
+// Memory that is kept from call to call.
+template <class T>
+T* scratch(size_t count) {
+    static thread_local std::vector<uint8_t> memory;
+    if (memory.size() < count * sizeof(T) + 64) memory.resize(count * sizeof(T) + 64);
+    return (T*)(((uintptr_t)memory.data() + 63) / 64 * 64);
+}
+
+// ---- Inputs
+
+// A block of an input into its panel, as 64-byte vectors `step` bytes apart. In lane order the 16-byte piece of lane
+// l and vector v is the (l * V + v)th of the block.
+template <int V>
+void lane_order(const void* block, uint8_t* out, size_t step) {
+    for (size_t v = 0; v < V; v++)
+        for (size_t l = 0; l < 4; l++) std::memcpy(out + step * v + 16 * l, (const uint8_t*)block + 16 * (V * l + v), 16);
+}
+
+void natural_order(const uint16_t* block, uint8_t* out, size_t step) {
+    for (size_t v = 0; v < 4; v++) std::memcpy(out + step * v, block + 32 * v, 64);
+}
+
+// Block `b` of an input as fp32, zeros past its end.
+void read_block(const void* x, int type, const Shape& s, size_t b, float* block) {
+    const size_t at = b * COLUMNS, count = std::min(COLUMNS, s.columns - at);
+    if (type == F32)
+        std::memcpy(block, (const float*)x + at, 4 * count);
+    else
+        for (size_t c = 0; c < count; c++) block[c] = to_float(((const uint16_t*)x)[at + c]);
+    std::fill(block + count, block + COLUMNS, 0.f);
+}
+
+enum Form { LANES_F32, LANES_BF16, LANES_INT8, NATURAL_BF16 };
+
+size_t element_bytes(Form form) { return form == LANES_F32 ? 4 : form == LANES_INT8 ? 1 : 2; }
+
+// One input of a panel of `inputs`. Returns its scale where it becomes int8: NaN, as all its outputs then are, where
+// it is not finite.
+float lay_out(const void* x, int type, const Shape& s, Form form, int inputs, uint8_t* out) {
+    const size_t step = 64 * inputs, block_step = COLUMNS * element_bytes(form) * inputs;
+    float block[COLUMNS], scale = 1;
+    if (form == LANES_INT8) {
+        uint32_t largest = 0;  // magnitudes compare as integers do, infinity and NaN above all
+        for (size_t b = 0; b < s.blocks; b++) {
+            read_block(x, type, s, b, block);
+            uint32_t bits[COLUMNS];
+            std::memcpy(bits, block, sizeof block);
+            for (uint32_t value : bits) largest = std::max(largest, value & 0x7fffffff);
+        }
+        std::memcpy(&scale, &largest, 4);
+        scale = largest < 0x7f800000 ? scale / 127 : NAN;
+    }
+    const float inverse = scale > 0 ? 1 / scale : 0;
+    const uint32_t zero = kernels->int8_is_unsigned ? 128 : 0;
+    for (size_t b = 0; b < s.blocks; b++, out += block_step) {
+        if (form == LANES_BF16 || form == NATURAL_BF16) {
+            uint16_t values[COLUMNS] = {};
+            std::memcpy(values, (const uint16_t*)x + b * COLUMNS, 2 * std::min(COLUMNS, s.columns - b * COLUMNS));
+            form == NATURAL_BF16 ? natural_order(values, out, step) : lane_order<4>(values, out, step);
+            continue;
+        }
+        read_block(x, type, s, b, block);
+        if (form == LANES_F32) {
+            lane_order<8>(block, out, step);
+            continue;
+        }
+        uint8_t bytes[COLUMNS];
+        for (size_t c = 0; c < COLUMNS; c++) {
+            const float rounded = block[c] * inverse + 12582912.f;  // 1.5 * 2^23: the integer is in the low bits
+            uint32_t bits;
+            std::memcpy(&bits, &rounded, 4);
+            bytes[c] = uint8_t(bits + zero);
+        }
+        lane_order<2>(bytes, out, step);
+    }
+    return scale;
+}
+
+// ---- Products
+
+struct Part {  // the rows [begin, end) of the order that are multiplied alike
+    int slot;  // -1 dense, FUSED each with its own mask
+    size_t begin, end;
+};
+constexpr int FUSED = -2;
+
+struct Panel {
+    const Part* part;
+    size_t first;  // in the order
+    int inputs;
+    uint8_t* data;
+};
+
+struct Batch {
+    Shape shape;
+    const void* x;
+    int x_type;
+    size_t x_stride;
+    const int32_t* row_slots;
+    const uint16_t* weight;
+    size_t weight_stride;
+    const uint8_t* slots;
+    size_t slot_stride;
+    int slot_type;
+    const float* bias;
+    void* y;
+    std::vector<int> order;  // rows by slot
+    std::vector<Part> parts;
+
+    Form form(const Part& part) const {
+        if (part.slot < 0) return NATURAL_BF16;
+        if (slot_type == INT8) return LANES_INT8;
+        return x_type == BF16 && kernels->sparse_bf16 ? LANES_BF16 : LANES_F32;
+    }
+    const uint8_t* masks(int slot, size_t q, size_t block) const {
+        return slots + slot * slot_stride + masks_at(shape, slot_type) + place(shape, q, block) * MASK_BYTES;
+    }
+    const uint8_t* values(int slot, size_t q, size_t block) const {
+        return slots + slot * slot_stride + values_at(shape, slot_type) + place(shape, q, block) * value_bytes(slot_type);
+    }
+};
+
+union Sums {
+    float f32[8 * ROWS];
+    int32_t int32[8 * ROWS];
+};
+
+void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, Sums& sums) {
+    const Shape& s = batch.shape;
+    const bool fused = panel.part->slot == FUSED;
+    const uint8_t* masks[8];
+    for (int t = 0; fused && t < panel.inputs; t++)
+        masks[t] = batch.masks(batch.row_slots[batch.order[panel.first + t]], q, block);
+    const uint16_t* weight = batch.weight + q * ROWS * batch.weight_stride + block * COLUMNS;
+    const size_t columns = std::min(blocks * COLUMNS, s.columns - block * COLUMNS);
+    size_t stride = batch.weight_stride;
+    std::vector<uint16_t> last;
+    if (const size_t present = s.outs - q * ROWS; present < ROWS) {
+        last.resize(ROWS * columns);
+        for (size_t r = 0; r < present; r++) std::memcpy(&last[r * columns], weight + r * stride, 2 * columns);
+        weight = last.data(), stride = columns;
+    }
+    const auto inputs = (const uint16_t*)panel.data + block * COLUMNS * panel.inputs;
+    kernels->dense_bf16(weight, stride, columns, fused ? masks : nullptr, inputs, panel.inputs, sums.f32);
+}
+
+// Some blocks of quad `q` times the same of a panel.
+void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, Sums& sums) {
+    const Form form = batch.form(*panel.part);
+    if (form == NATURAL_BF16) return multiply_dense(batch, panel, q, block, blocks, sums);
+    const uint8_t* masks = batch.masks(panel.part->slot, q, block);
+    const uint8_t* values = batch.values(panel.part->slot, q, block);
+    const uint8_t* inputs = panel.data + block * COLUMNS * panel.inputs * element_bytes(form);
+    if (form == LANES_INT8)
+        kernels->sparse_int8(masks, values, blocks, inputs, panel.inputs, sums.int32);
+    else if (form == LANES_BF16)
+        kernels->sparse_bf16(masks, values, blocks, (const uint16_t*)inputs, panel.inputs, sums.f32);
+    else
+        kernels->sparse_f32(masks, values, blocks, (const float*)inputs, panel.inputs, sums.f32);
+}
+
+// Sums of quads to outputs: `sums[i * stride]` is quad `first + i`.
+void write(const Batch& batch, const Panel& panel, size_t first, size_t quads, const float* scales, const Sums* sums,
+           size_t stride) {
+    const bool int8 = batch.form(*panel.part) == LANES_INT8;
+    const float* weights = int8 ? (const float*)(batch.slots + panel.part->slot * batch.slot_stride) : nullptr;
+    for (int t = 0; t < panel.inputs; t++) {
+        const size_t row = batch.order[panel.first + t] * batch.shape.outs;
+        for (size_t i = 0; i < quads; i++) {
+            const Sums& all = sums[i * stride];
+            const size_t n = (first + i) * ROWS, present = std::min(ROWS, batch.shape.outs - n);
+            for (size_t r = 0; r < present; r++) {
+                float value = int8 ? float(all.int32[ROWS * t + r]) * (weights[n + r] * scales[panel.first + t])
+                                   : all.f32[ROWS * t + r];
+                if (batch.bias) value += batch.bias[n + r];
+                if (batch.x_type == F32)
+                    ((float*)batch.y)[row + n + r] = value;
+                else
+                    ((uint16_t*)batch.y)[row + n + r] = to_bf16(value);
+            }
+        }
+    }
+}
+
+// Many inputs take turns at the weights of some quads, which with their own part stay in the second cache. A single
+// panel takes all quads at once: one stream.
+constexpr size_t QUADS_TOGETHER = 64, PANELS_TOGETHER = 8;
+
+void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first_quad, size_t last_quad, const float* scales) {
+    static thread_local std::vector<Sums> sums;
+    const Shape& s = batch.shape;
+    for (size_t begin = 0, end; begin < panels.size(); begin = end) {
+        const Part* part = panels[begin].part;
+        for (end = begin; end < panels.size() && end - begin < PANELS_TOGETHER && panels[end].part == part;) end++;
+        // The dense weight has no chunks: the fewer inputs there are, the longer the rows that are read at once.
+        const size_t step = part->slot == -1 ? 2 * CHUNK * (4 / panels[begin].inputs) : CHUNK;
+        const size_t together = end - begin == 1 ? last_quad - first_quad : QUADS_TOGETHER, stride = end - begin;
+        sums.resize(std::max(sums.size(), together * stride));
+        for (size_t quad = first_quad; quad < last_quad; quad += together) {
+            const size_t quads = std::min(together, last_quad - quad);
+            std::memset(sums.data(), 0, quads * stride * sizeof(Sums));
+            for (size_t block = 0; block < s.blocks; block += step)
+                for (size_t p = begin; p < end; p++)
+                    for (size_t q = 0; q < quads; q++)
+                        multiply(batch, panels[p], quad + q, block, std::min(step, s.blocks - block), sums[q * stride + p - begin]);
+            for (size_t p = begin; p < end; p++) write(batch, panels[p], quad, quads, scales, &sums[p - begin], stride);
+        }
+    }
+}
+
+// More dense rows than this are faster as one product of torch's (4096 x 4096 on Zen 4: 4.4 against 4.7 ms for 16 rows,
+// 14 against 12 ms for 64).
+constexpr long DENSE_ROWS = 16;
+
+// Several masks in a batch: each slot for its rows, or the dense weight read once for all; whichever is faster by what
+// 64 weights cost (ns, fitted to one thread of Zen 4; `maskllm bench masks` shows both forms).
+void choose_form(Batch& batch) {
+    double apart = 0;
+    size_t begin = batch.parts.size(), rows = 0;
+    while (begin > 0 && batch.parts[begin - 1].slot >= 0) {
+        const Part& part = batch.parts[--begin];
+        const double count = part.end - part.begin;
+        apart += std::max(2.9 + 0.15 * count, 0.65 * count);
+        rows += part.end - part.begin;
+    }
+    const size_t masks = batch.parts.size() - begin;
+    const double once = std::max(10.5, 5.5 + 1.05 * rows) + 0.1 * masks;
+    if (masks > 1 && (form == 1 || (form < 0 && once < apart))) {
+        batch.parts[begin] = {FUSED, batch.parts[begin].begin, batch.parts.back().end};
+        batch.parts.resize(begin + 1);
+    }
+}
+
+void run(const Batch& batch, int threads) {
+    const Shape& s = batch.shape;
+    const size_t row_bytes = s.blocks * COLUMNS * 4;  // the most an input takes
+    uint8_t* memory = scratch<uint8_t>(batch.order.size() * (row_bytes + 4));
+    float* scales = (float*)(memory + batch.order.size() * row_bytes);
+    std::vector<Panel> panels;
+    for (const Part& part : batch.parts) {
+        const size_t widest = part.slot < 0 ? 4 : kernels->tile;
+        for (size_t first = part.begin; first < part.end; first += panels.back().inputs) {
+            size_t inputs = widest;
+            while (inputs > part.end - first) inputs /= 2;
+            panels.push_back({&part, first, int(inputs), memory});
+            memory += inputs * s.blocks * COLUMNS * element_bytes(batch.form(part));
+        }
+    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (const Panel& panel : panels)
+            for (int t = 0; t < panel.inputs; t++) {
+                const size_t at = panel.first + t, size = batch.x_type == F32 ? 4 : 2;
+                const void* x = (const uint8_t*)batch.x + batch.order[at] * batch.x_stride * size;
+                scales[at] = lay_out(x, batch.x_type, s, batch.form(*panel.part), panel.inputs, panel.data + 64 * t);
+            }
+        const size_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+        multiply(batch, panels, s.quads * thread / count, s.quads * (thread + 1) / count, scales);
+    }
+}
+
+}  // namespace
+}  // namespace maskllm
+
+using namespace maskllm;
+
+extern "C" {
+
+const char* maskllm_using() { return kernels->name; }
+
+const char* maskllm_available() {
+    static std::string names;
+    if (names.empty())
+        for (const Kernels* each : available()) names += std::string(each->name) + " ";
+    return names.c_str();
+}
+
+void maskllm_use(const char* name) {
+    for (const Kernels* each : available())
+        if (!std::strcmp(each->name, name)) kernels = each;
+}
+
+void maskllm_force_form(int forced) { form = forced; }
+
+long maskllm_slot_bytes(long outs, long columns, int type) { return long(slot_bytes(Shape(outs, columns), type)); }
+
+// Big pages where the kernel grants them: fewer misses in address translation, worth 1.3x out of cache.
+void maskllm_advise(void* memory, long bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, begin = ((uintptr_t)memory + page - 1) / page * page, end = (uintptr_t)memory + bytes;
+    if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Write a mask, packed base-6 codes (outs, ceil(columns / 12)), into a slot of a weight (outs, columns). An int8 slot
+// has its scales already.
+void maskllm_fill(uint8_t* slot, int slot_type, const void* weight, int weight_type, long weight_stride,
+                  const uint8_t* packed, long outs, long columns, int threads) {
+    const Shape s(outs, columns);
+    const size_t row_bytes = ceil_div(s.columns, 12), words = s.blocks * COLUMNS / 32;
+    uint8_t *masks = slot + masks_at(s, slot_type), *values = slot + values_at(s, slot_type);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint32_t> mask(ROWS * (words + 2));  // of a quad; a row's last bytes may reach past it
+#pragma omp for
+        for (size_t q = 0; q < s.quads; q++) {
+            const size_t present = std::min(ROWS, s.outs - q * ROWS);
+            float inverse[ROWS] = {};
+            for (size_t r = 0; r < ROWS; r++) {
+                const size_t n = q * ROWS + r;
+                uint32_t* bits = &mask[r * (words + 2)];
+                if (r < present) unpack(packed + n * row_bytes, row_bytes, bits);
+                for (size_t word = r < present ? s.columns / 32 : 0; word < words; word++) {
+                    const size_t known = r < present && word == s.columns / 32 ? s.columns % 32 : 0;
+                    bits[word] = (bits[word] & ((1u << known) - 1)) | PADDING << known;
+                }
+                if (slot_type == INT8 && r < present && ((const float*)slot)[n] > 0) inverse[r] = 1 / ((const float*)slot)[n];
+            }
+            for (size_t b = 0; b < s.blocks; b++) {
+                alignas(64) uint8_t bits[MASK_BYTES], kept[BF16_BYTES];
+                for (size_t l = 0; l < 4; l++)
+                    for (size_t r = 0; r < ROWS; r++) std::memcpy(bits + 16 * l + 4 * r, &mask[r * (words + 2) + 4 * b + l], 4);
+                const size_t count = std::min(COLUMNS, s.columns - b * COLUMNS);
+                uint16_t copy[ROWS * COLUMNS];
+                const uint16_t* dense = (const uint16_t*)weight + q * ROWS * weight_stride + b * COLUMNS;
+                size_t stride = weight_stride;
+                if (weight_type == F32 || count < COLUMNS || present < ROWS) {
+                    std::memset(copy, 0, sizeof copy);
+                    for (size_t r = 0; r < present; r++)
+                        for (size_t c = 0; c < count; c++) {
+                            const size_t at = (q * ROWS + r) * weight_stride + b * COLUMNS + c;
+                            copy[r * COLUMNS + c] =
+                                weight_type == F32 ? to_bf16(((const float*)weight)[at]) : ((const uint16_t*)weight)[at];
+                        }
+                    dense = copy, stride = COLUMNS;
+                }
+                if (slot_type == INT8)
+                    kernels->fill_int8(dense, stride, inverse, bits, kept);
+                else
+                    kernels->fill_bf16(dense, stride, bits, kept);
+                const size_t at = place(s, q, b);
+                stream(masks + at * MASK_BYTES, bits, MASK_BYTES);
+                stream(values + at * value_bytes(slot_type), kept, value_bytes(slot_type));
+            }
+        }
+#if defined(__x86_64__)
+        _mm_sfence();
+#endif
+    }
+}
+
+// Multiply a batch x (rows, columns) by the slot of each row, -1 for dense, into y (rows, outs) of x's type. Returns
+// how many dense rows it leaves, which is all or none: torch does them better where there are many, or not bf16.
+long maskllm_multiply(const void* x, int x_type, long x_stride, long rows, const int32_t* row_slots, const void* weight,
+                      int weight_type, long weight_stride, const uint8_t* slots, long slot_stride, int slot_type,
+                      long outs, long columns, const float* bias, void* y, int threads) {
+    const bool bf16 = kernels->dense_bf16 && weight_type == BF16 && x_type == BF16;
+    const long dense = std::count_if(row_slots, row_slots + rows, [](int32_t slot) { return slot < 0; });
+    const long left = bf16 && dense <= DENSE_ROWS ? 0 : dense;
+    Batch batch = {Shape(outs, columns), x, x_type, size_t(x_stride), row_slots, (const uint16_t*)weight,
+                   size_t(weight_stride), slots, size_t(slot_stride), slot_type, bias, y, {}, {}};
+    for (long row = 0; row < rows; row++)
+        if (row_slots[row] >= 0 || !left) batch.order.push_back(int(row));
+    if (batch.order.empty()) return left;
+    std::stable_sort(batch.order.begin(), batch.order.end(), [&](int a, int b) { return row_slots[a] < row_slots[b]; });
+    for (size_t t = 0; t < batch.order.size(); t++) {
+        const int slot = row_slots[batch.order[t]];
+        if (batch.parts.empty() || batch.parts.back().slot != slot) batch.parts.push_back({slot, t, t});
+        batch.parts.back().end = t + 1;
+    }
+    if (bf16 && slot_type == BF16) choose_form(batch);
+    run(batch, threads);
+    return left;
+}
+
+}  // extern "C"

@@ -1,0 +1,122 @@
+// AVX2 and FMA: bf16 values with fp32 inputs, int8 by pairs of bytes.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+#include <immintrin.h>
+
+#include "products.h"
+
+namespace maskllm {
+namespace {
+
+struct Avx2 {
+    using F = __m256;
+    using I = __m256i;
+    struct Where {
+        I first, second;
+    };
+    static constexpr int WIDTH = 8, TILE = 4;
+    static constexpr bool UNSIGNED = false;
+
+    static F zero() { return _mm256_setzero_ps(); }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F load_f32(const float* at) { return _mm256_loadu_ps(at); }
+    static I load(const void* at) { return _mm256_loadu_si256((const I*)at); }
+    static F low_bf16(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+    static F high_bf16(I pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))); }
+    static F permute(F x, I where) { return _mm256_permutevar_ps(x, where); }  // reads bits 1:0
+    static I table(int (*entry)(int)) {
+        return _mm256_setr_epi32(entry(0), entry(1), entry(2), entry(3), entry(4), entry(5), entry(6), 0);
+    }
+    static Where select(I mask, int shift) {  // a permutation of dwords reads bits 2:0
+        const I both = _mm256_permutevar8x32_epi32(table([](int i) { return FIRST[i] | SECOND[i] << 2; }),
+                                                   _mm256_srli_epi32(mask, shift));
+        return {both, _mm256_srli_epi32(both, 2)};
+    }
+    static void add_rows(F sum, float* out) {
+        __m128 rows = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+        _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), rows));
+    }
+
+    static I zero_int() { return _mm256_setzero_si256(); }
+    static I ones() { return _mm256_set1_epi8(1); }
+    static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+    // |w| * (x with the sign of w): a pair is at most 2 * 127 * 127, which an int16 holds.
+    static I dot(I sum, I x, I weights) {
+        const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    static I permute_bytes(I x, I where) { return _mm256_shuffle_epi8(x, where); }
+    static I select_bytes(I mask, int shift, int half) {
+        const I groups = table([](int i) { return FIRST[i] | SECOND[i] << 8; });
+        const I low = _mm256_permutevar8x32_epi32(groups, _mm256_srli_epi32(mask, shift));
+        const I high = _mm256_permutevar8x32_epi32(groups, _mm256_srli_epi32(mask, shift + 4));
+        return _mm256_add_epi8(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)),
+                               _mm256_set1_epi32(half ? 0x0c0c0808 : 0x04040000));
+    }
+    static I minus_128(I sum, I weights) { return _mm256_sub_epi32(sum, _mm256_slli_epi32(weights, 7)); }
+    static void add_rows_int(I sum, int32_t* out) {
+        __m128i rows = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+        _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm_loadu_si128((__m128i*)out), rows));
+    }
+};
+
+// Bytes of two groups' kept bf16 values, by the two groups' mask nibbles.
+struct Kept {
+    alignas(16) uint8_t bytes[256][16] = {};
+    constexpr Kept() {
+        for (int b = 0; b < 256; b++) {
+            const int at[4] = {FIRST[b & 7], SECOND[b & 7], 4 + FIRST[b >> 4 & 7], 4 + SECOND[b >> 4 & 7]};
+            for (int i = 0; i < 16; i++) bytes[b][i] = uint8_t(2 * at[i / 2 % 4] + i % 2);
+        }
+    }
+};
+constexpr Kept KEPT;
+
+// Kept values of a row's two groups from column 8 g: 4 bf16 in each half.
+inline __m128i kept(const uint16_t* row, const uint8_t* mask, int g) {
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)(row + 8 * g)), _mm_load_si128((const __m128i*)KEPT.bytes[mask[g]]));
+}
+
+void fill_bf16(const uint16_t* weight, size_t weight_stride, const uint8_t* mask, uint8_t* values) {
+    for (int l = 0; l < 4; l++)
+        for (int g = 0; g < 4; g++) {  // groups 2 g and 2 g + 1 of the lane, for vectors 2 g and 2 g + 1
+            __m128i row[4];
+            for (int r = 0; r < 4; r++)
+                row[r] = kept(weight + r * weight_stride + 32 * l, mask + 16 * l + 4 * r, g);
+            const __m128i a = _mm_unpacklo_epi32(row[0], row[1]), b = _mm_unpacklo_epi32(row[2], row[3]);
+            uint8_t* out = values + 128 * g + 16 * l;
+            _mm_storeu_si128((__m128i*)out, _mm_unpacklo_epi64(a, b));
+            _mm_storeu_si128((__m128i*)(out + 64), _mm_unpackhi_epi64(a, b));
+        }
+}
+
+void fill_int8(const uint16_t* weight, size_t weight_stride, const float* inverse_scales, const uint8_t* mask, uint8_t* values) {
+    for (int l = 0; l < 4; l++)
+        for (int g = 0; g < 4; g++) {
+            __m128i row[4];
+            for (int r = 0; r < 4; r++) {
+                const __m128i four = kept(weight + r * weight_stride + 32 * l, mask + 16 * l + 4 * r, g);
+                const __m128 floats = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(four), 16));
+                row[r] = _mm_cvtps_epi32(_mm_mul_ps(floats, _mm_set1_ps(inverse_scales[r])));
+            }
+            const __m128i bytes = _mm_packs_epi16(_mm_packs_epi32(row[0], row[1]), _mm_packs_epi32(row[2], row[3]));
+            _mm_storeu_si128((__m128i*)(values + 64 * g + 16 * l), bytes);
+        }
+}
+
+}  // namespace
+
+const Kernels* avx2() {
+    static const Kernels kernels = {"avx2", Avx2::TILE, sparse_f32<Avx2>, nullptr,  sparse_int8<Avx2>,
+                                    false,  nullptr,    fill_bf16,        fill_int8};
+    return &kernels;
+}
+
+}  // namespace maskllm
+#else
+#include "layout.h"
+namespace maskllm {
+const Kernels* avx2() { return nullptr; }
+}  // namespace maskllm
+#endif

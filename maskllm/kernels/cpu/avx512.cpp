@@ -1,0 +1,239 @@
+// AVX-512 as in Ice Lake and Zen 4 (BW, DQ, VL, VBMI2, VNNI), and bf16 products where the processor has them.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,avx512bf16")
+#include <immintrin.h>
+
+#include "products.h"
+
+namespace maskllm {
+namespace {
+
+struct Avx512 {
+    using F = __m512;
+    using I = __m512i;
+    struct Where {
+        I first, second;
+    };
+    static constexpr int WIDTH = 16, TILE = 8;
+    static constexpr bool UNSIGNED = true;  // vpdpbusd multiplies unsigned by signed bytes
+
+    static F zero() { return _mm512_setzero_ps(); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F load_f32(const float* at) { return _mm512_loadu_ps(at); }
+    static I load(const void* at) { return _mm512_loadu_si512(at); }
+    static F low_bf16(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+    static F high_bf16(I pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))); }
+    static F permute(F x, I where) { return _mm512_permutevar_ps(x, where); }  // reads bits 1:0
+    static Where select(I mask, int shift) {
+        const I table = _mm512_broadcast_i64x4(_mm256_setr_epi32(FIRST[0] | SECOND[0] << 2, FIRST[1] | SECOND[1] << 2,
+                                                                FIRST[2] | SECOND[2] << 2, FIRST[3] | SECOND[3] << 2,
+                                                                FIRST[4] | SECOND[4] << 2, FIRST[5] | SECOND[5] << 2,
+                                                                FIRST[6] | SECOND[6] << 2, 0));
+        I both = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, shift), table);
+        return {both, _mm512_srli_epi32(both, 2)};
+    }
+    static void add_rows(F sum, float* out) {
+        __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
+        __m128 rows = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), rows));
+    }
+
+    static I zero_int() { return _mm512_setzero_si512(); }
+    static I ones() { return _mm512_set1_epi8(1); }
+    static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+    static I dot(I sum, I x, I weights) { return _mm512_dpbusd_epi32(sum, x, weights); }
+    static I permute_bytes(I x, I where) { return _mm512_shuffle_epi8(x, where); }
+    static I select_bytes(I mask, int shift, int half) {
+        auto entry = [](int i, int at) { return int(FIRST[i] + at) | int(SECOND[i] + at) << 8; };
+        auto table = [&](int at) {
+            return _mm512_broadcast_i64x4(_mm256_setr_epi32(entry(0, at), entry(1, at), entry(2, at), entry(3, at),
+                                                           entry(4, at), entry(5, at), entry(6, at), 0));
+        };
+        I low = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, shift), table(8 * half));
+        I high = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, shift + 4), _mm512_slli_epi32(table(8 * half + 4), 16));
+        return _mm512_or_si512(low, high);
+    }
+    static I minus_128(I sum, I weights) { return _mm512_sub_epi32(sum, _mm512_slli_epi32(weights, 7)); }
+    static void add_rows_int(I sum, int32_t* out) {
+        __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti32x8_epi32(sum, 1));
+        __m128i rows = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm_loadu_si128((__m128i*)out), rows));
+    }
+};
+
+// One quad with T inputs of bf16: a dword is a group's kept pair, and one instruction multiplies and adds it.
+template <int T>
+inline void sparse_bf16_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint16_t* panel,
+                             float* out) {
+    constexpr int SUMS = T >= 8 ? 1 : 2;
+    auto entry = [](int i, int at) {
+        int first = 2 * FIRST[i] + at, second = 2 * SECOND[i] + at;
+        return first | (first + 1) << 8 | second << 16 | (second + 1) << 24;
+    };
+    auto table = [&](int at) {
+        return _mm512_broadcast_i64x4(_mm256_setr_epi32(entry(0, at), entry(1, at), entry(2, at), entry(3, at),
+                                                       entry(4, at), entry(5, at), entry(6, at), 0));
+    };
+    const __m512i even = table(0), odd = table(8);  // two vectors share a lane's 16 bytes of inputs
+    __m512 sum[SUMS][T];
+    for (auto& sums : sum)
+        for (auto& s : sums) s = _mm512_setzero_ps();
+    for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
+        prefetch(masks, values, BF16_BYTES);
+        const __m512i mask = _mm512_loadu_si512(masks);
+#pragma GCC unroll 4
+        for (int jj = 0; jj < 4; jj++) {
+            const __m512i v0 = _mm512_loadu_si512(values + 128 * jj);
+            const __m512i v1 = _mm512_loadu_si512(values + 128 * jj + 64);
+            const __m512i w0 = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, 8 * jj), even);
+            const __m512i w1 = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, 8 * jj + 4), odd);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                __m512i inputs = _mm512_loadu_si512(panel + 32 * (jj * T + t));
+                asm("" : "+v"(inputs));  // or gcc loads it twice
+                sum[0][t] = _mm512_dpbf16_ps(sum[0][t], (__m512bh)_mm512_shuffle_epi8(inputs, w0), (__m512bh)v0);
+                sum[SUMS - 1][t] =
+                    _mm512_dpbf16_ps(sum[SUMS - 1][t], (__m512bh)_mm512_shuffle_epi8(inputs, w1), (__m512bh)v1);
+            }
+        }
+    }
+    for (int t = 0; t < T; t++)
+        Avx512::add_rows(SUMS == 1 ? sum[0][t] : _mm512_add_ps(sum[0][t], sum[SUMS - 1][t]), out + 4 * t);
+}
+
+void sparse_bf16(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint16_t* panel, int inputs, float* out) {
+    switch (inputs) {
+        case 1: return sparse_bf16_tile<1>(masks, values, blocks, panel, out);
+        case 2: return sparse_bf16_tile<2>(masks, values, blocks, panel, out);
+        case 4: return sparse_bf16_tile<4>(masks, values, blocks, panel, out);
+        default: return sparse_bf16_tile<8>(masks, values, blocks, panel, out);
+    }
+}
+
+// Four dense rows with T inputs, each under its own mask or none.
+template <int T, bool MASKED>
+inline void dense_bf16_tile(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
+                            const uint16_t* panel, float* out) {
+    __m512 sum[4][T];
+    for (auto& sums : sum)
+        for (auto& s : sums) s = _mm512_setzero_ps();
+    auto step = [&](const __m512i(&w)[4], size_t c) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            __m512bh inputs = (__m512bh)_mm512_loadu_si512(panel + T * c + 32 * t);
+            const uint8_t* mask = MASKED ? masks[t] + c / 2 : nullptr;
+            if (MASKED && c % COLUMNS == 0) __builtin_prefetch(mask + CHUNK * MASK_BYTES);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                __m512i kept = w[r];
+                if (MASKED) {
+                    uint32_t bits;
+                    std::memcpy(&bits, mask + 4 * r, 4);
+                    kept = _mm512_maskz_mov_epi16(bits, kept);
+                }
+                sum[r][t] = _mm512_dpbf16_ps(sum[r][t], inputs, (__m512bh)kept);
+            }
+        }
+    };
+    const uint16_t* rows[4] = {weight, weight + weight_stride, weight + 2 * weight_stride, weight + 3 * weight_stride};
+    size_t c = 0;
+    for (; c + 32 <= columns; c += 32) {
+        __m512i w[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            // The rows' pieces are short: what follows one is the next quad's.
+            const size_t ahead = c + PREFETCH / 4;
+            __builtin_prefetch(rows[r] + (ahead < columns ? ahead : 4 * weight_stride + ahead - columns));
+            w[r] = _mm512_loadu_si512(rows[r] + c);
+        }
+        step(w, c);
+    }
+    if (c < columns) {
+        __m512i w[4];
+        for (int r = 0; r < 4; r++) w[r] = _mm512_maskz_loadu_epi16((1u << (columns - c)) - 1, rows[r] + c);
+        step(w, c);
+    }
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < 4; r++) out[4 * t + r] += _mm512_reduce_add_ps(sum[r][t]);
+}
+
+template <bool MASKED>
+void dense_bf16_panel(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
+                      const uint16_t* panel, int inputs, float* out) {
+    switch (inputs) {
+        case 1: return dense_bf16_tile<1, MASKED>(weight, weight_stride, columns, masks, panel, out);
+        case 2: return dense_bf16_tile<2, MASKED>(weight, weight_stride, columns, masks, panel, out);
+        default: return dense_bf16_tile<4, MASKED>(weight, weight_stride, columns, masks, panel, out);
+    }
+}
+
+void dense_bf16(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
+                const uint16_t* panel, int inputs, float* out) {
+    (masks ? dense_bf16_panel<true> : dense_bf16_panel<false>)(weight, weight_stride, columns, masks, panel, inputs, out);
+}
+
+// The 32 columns of lane l keep 16 values: group j's pair is dword j, and goes to vector j.
+void fill_bf16(const uint16_t* weight, size_t weight_stride, const uint8_t* mask, uint8_t* values) {
+    for (int l = 0; l < 4; l++) {
+        __m256i row[4];
+        for (int r = 0; r < 4; r++) {
+            uint32_t bits;
+            std::memcpy(&bits, mask + 16 * l + 4 * r, 4);
+            const __m512i all = _mm512_loadu_si512(weight + r * weight_stride + 32 * l);
+            row[r] = _mm512_castsi512_si256(_mm512_maskz_compress_epi16(bits, all));
+        }
+        const __m256i a = _mm256_unpacklo_epi32(row[0], row[1]), b = _mm256_unpackhi_epi32(row[0], row[1]);
+        const __m256i c = _mm256_unpacklo_epi32(row[2], row[3]), d = _mm256_unpackhi_epi32(row[2], row[3]);
+        const __m256i pairs[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),  // vectors 0 and 4, 1 and 5
+                                  _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
+        for (int j = 0; j < 4; j++) {
+            _mm_storeu_si128((__m128i*)(values + 64 * j + 16 * l), _mm256_castsi256_si128(pairs[j]));
+            _mm_storeu_si128((__m128i*)(values + 64 * (j + 4) + 16 * l),
+                             _mm256_extracti128_si256(pairs[j], 1));
+        }
+    }
+}
+
+void fill_int8(const uint16_t* weight, size_t weight_stride, const float* inverse_scales, const uint8_t* mask, uint8_t* values) {
+    for (int l = 0; l < 4; l++) {
+        __m128i row[4];
+        for (int r = 0; r < 4; r++) {
+            uint32_t bits;
+            std::memcpy(&bits, mask + 16 * l + 4 * r, 4);
+            const __m512i all = _mm512_loadu_si512(weight + r * weight_stride + 32 * l);
+            const __m256i kept = _mm512_castsi512_si256(_mm512_maskz_compress_epi16(bits, all));
+            const __m512 floats = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(kept), 16));
+            const __m512 scaled = _mm512_mul_ps(floats, _mm512_set1_ps(inverse_scales[r]));
+            row[r] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(scaled));
+        }
+        const __m128i a = _mm_unpacklo_epi32(row[0], row[1]), b = _mm_unpackhi_epi32(row[0], row[1]);
+        const __m128i c = _mm_unpacklo_epi32(row[2], row[3]), d = _mm_unpackhi_epi32(row[2], row[3]);
+        const __m128i lanes[4] = {_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d),
+                                  _mm_unpackhi_epi64(b, d)};
+        for (int j = 0; j < 4; j++) _mm_storeu_si128((__m128i*)(values + 64 * j + 16 * l), lanes[j]);
+    }
+}
+
+}  // namespace
+
+const Kernels* avx512() {
+    static const Kernels kernels = {"avx512", Avx512::TILE, sparse_f32<Avx512>, nullptr,  sparse_int8<Avx512>,
+                                    true,     nullptr,      fill_bf16,          fill_int8};
+    return &kernels;
+}
+
+const Kernels* avx512_bf16() {
+    static const Kernels kernels = {"avx512-bf16", Avx512::TILE, sparse_f32<Avx512>, sparse_bf16, sparse_int8<Avx512>,
+                                    true,          dense_bf16,   fill_bf16,          fill_int8};
+    return &kernels;
+}
+
+}  // namespace maskllm
+#else
+#include "layout.h"
+namespace maskllm {
+const Kernels* avx512() { return nullptr; }
+const Kernels* avx512_bf16() { return nullptr; }
+}  // namespace maskllm
+#endif

@@ -1,0 +1,98 @@
+// Sparse products for any instruction set `V`, which names its vectors and what they can do.
+//
+// V::F and V::I are vectors of V::WIDTH floats and as many int32; 64 bytes are 16 / WIDTH of them. In each 128-bit
+// lane V::select turns mask nibbles into two permutations, of a group's first and second kept column.
+#pragma once
+#include "layout.h"
+
+namespace maskllm {
+
+static inline void prefetch(const uint8_t* masks, const uint8_t* values, size_t bytes) {
+    __builtin_prefetch(masks + PREFETCH / 8);
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + PREFETCH + line);
+}
+
+// One quad with T inputs of fp32. Few inputs use two sums each, as a chain of additions would wait on itself.
+template <class V, int T>
+inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel,
+                            float* out) {
+    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T >= 8 ? 1 : 2;
+    typename V::F sum[SUMS][T];
+    for (auto& sums : sum)
+        for (auto& s : sums) s = V::zero();
+    for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
+        prefetch(masks, values, BF16_BYTES);
+        typename V::I mask[PARTS];
+        for (int p = 0; p < PARTS; p++) mask[p] = V::load(masks + 4 * W * p);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++) {
+                auto pairs = V::load(values + 64 * j + 4 * W * p);
+                auto first = V::low_bf16(pairs), second = V::high_bf16(pairs);
+                auto where = V::select(mask[p], 4 * j);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) {
+                    auto inputs = V::load_f32(panel + 16 * (j * T + t) + W * p);
+                    sum[0][t] = V::fma(first, V::permute(inputs, where.first), sum[0][t]);
+                    sum[SUMS - 1][t] = V::fma(second, V::permute(inputs, where.second), sum[SUMS - 1][t]);
+                }
+            }
+    }
+    for (int t = 0; t < T; t++)
+        V::add_rows(SUMS == 1 ? sum[0][t] : V::add(sum[0][t], sum[SUMS - 1][t]), out + 4 * t);
+}
+
+template <class V>
+void sparse_f32(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, int inputs, float* out) {
+    switch (inputs) {
+        case 1: return sparse_f32_tile<V, 1>(masks, values, blocks, panel, out);
+        case 2: return sparse_f32_tile<V, 2>(masks, values, blocks, panel, out);
+        case 4: return sparse_f32_tile<V, 4>(masks, values, blocks, panel, out);
+        default: return sparse_f32_tile<V, V::TILE>(masks, values, blocks, panel, out);
+    }
+}
+
+// One quad with T inputs of int8. Where inputs are unsigned with zero at 128, 128 times the weights comes off.
+template <class V, int T>
+inline void sparse_int8_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel,
+                             int32_t* out) {
+    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T >= 8 ? 1 : 2;
+    typename V::I sum[SUMS][T], weights = V::zero_int();
+    for (auto& sums : sum)
+        for (auto& s : sums) s = V::zero_int();
+    for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += INT8_BYTES, panel += T * COLUMNS) {
+        prefetch(masks, values, INT8_BYTES);
+        typename V::I mask[PARTS];
+        for (int p = 0; p < PARTS; p++) mask[p] = V::load(masks + 4 * W * p);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++) {
+                auto kept = V::load(values + 64 * j + 4 * W * p);
+                auto where = V::select_bytes(mask[p], 8 * j, j % 2);
+                if (V::UNSIGNED) weights = V::dot(weights, V::ones(), kept);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) {
+                    auto inputs = V::load(panel + 64 * (j / 2 * T + t) + 4 * W * p);
+                    sum[j % SUMS][t] = V::dot(sum[j % SUMS][t], V::permute_bytes(inputs, where), kept);
+                }
+            }
+    }
+    for (int t = 0; t < T; t++) {
+        auto all = SUMS == 1 ? sum[0][t] : V::add_int(sum[0][t], sum[SUMS - 1][t]);
+        V::add_rows_int(V::UNSIGNED ? V::minus_128(all, weights) : all, out + 4 * t);
+    }
+}
+
+template <class V>
+void sparse_int8(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out) {
+    switch (inputs) {
+        case 1: return sparse_int8_tile<V, 1>(masks, values, blocks, panel, out);
+        case 2: return sparse_int8_tile<V, 2>(masks, values, blocks, panel, out);
+        case 4: return sparse_int8_tile<V, 4>(masks, values, blocks, panel, out);
+        default: return sparse_int8_tile<V, V::TILE>(masks, values, blocks, panel, out);
+    }
+}
+
+}  // namespace maskllm
