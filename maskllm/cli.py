@@ -210,18 +210,31 @@ class Eval(OnBase):
 
 
 class Inspect(Command):
-    """Show what a mask file says of itself.
+    """Show what a mask file says of itself, or with which kernels this machine would run masks.
 
     maskllm inspect examples/demo/masks/legal.safetensors
     """
 
-    file: CliPositionalArg[Path]
+    file: CliPositionalArg[Path | None] = None
     """The mask file."""
+    kernels: bool = False
+    """Show the kernels chosen here, and why not others. MASKLLM_BACKEND forces one of them."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.file is None) != self.kernels:
+            raise ValueError("give a mask file or --kernels")
+        return self
 
     def run(self) -> None:
         from maskllm.core import maskset
 
-        _report(_description(self.file, maskset.load(self.file)), self.as_json)
+        if self.kernels:
+            from maskllm.kernels.masked_linear import chosen
+
+            _report(chosen(), self.as_json)
+        elif self.file:
+            _report(_description(self.file, maskset.load(self.file)), self.as_json)
 
 
 class Verify(Command):
@@ -306,6 +319,56 @@ class Serve(BaseModel):
     """Serve a base and its masks behind an OpenAI-compatible endpoint."""
 
 
+class Bench(Command):
+    """How fast masked layers and swaps are on this CPU, against torch in the same run.
+
+    maskllm bench swap --shape 768 768 --rounds 10
+    """
+
+    what: CliPositionalArg[Literal["layers", "masks", "swap"]]
+    """layers: batches of several sizes, one mask. masks: 16 rows, several masks. swap: writing a slot."""
+    shape: tuple[PositiveInt, PositiveInt] = (4096, 4096)
+    """Outputs and inputs of the layer."""
+    rounds: PositiveInt = 30
+    """How often every contender takes its turn; a figure is the median."""
+    threads: PositiveInt | None = None
+    """Threads (default: torch's, a core each)."""
+
+    def run(self) -> None:
+        import torch
+
+        from maskllm.evaluate import speed
+        from maskllm.kernels import cpu
+
+        if reason := cpu.why_not():
+            raise speed.NoKernels(reason)
+        torch.set_num_threads(self.threads or torch.get_num_threads())
+        if self.what == "swap":
+            layer = speed.Layer(self.shape)
+            table = {"": speed.interleave(layer.swap(), self.rounds, layer.calls)}
+        elif self.what == "masks":
+            table = {
+                f"{masks} masks": speed.interleave(speed.many_masks(self.shape, 16, masks), self.rounds)
+                for masks in speed.MASKS
+            }
+        else:
+            layer = speed.Layer(self.shape)
+            table = {
+                f"{rows} rows": speed.interleave(layer.contenders(rows), self.rounds, layer.calls)
+                for rows in speed.ROWS
+            }
+        if self.as_json:
+            _report({name: {c: asdict(t) for c, t in times.items()} for name, times in table.items()}, True)
+            return
+        names = list(next(iter(table.values())))
+        cells = [
+            [name, *(f"{times[c].ms:.3f}" if c in times else "" for c in names)]
+            for name, times in table.items()
+        ]
+        _table([[f"{self.shape[0]} x {self.shape[1]}, ms", *names], *cells])
+        print(f"{cpu.using()}, {torch.get_num_threads()} threads, median of {self.rounds}")
+
+
 class Cli(
     BaseSettings,
     cli_prog_name="maskllm",
@@ -330,6 +393,8 @@ class Cli(
     """check a mask file, alone or against a base"""
     diff: CliSubCommand[Diff]
     """compare two masks"""
+    bench: CliSubCommand[Bench]
+    """measure the kernels on this machine"""
     serve: CliSubCommand[Serve]
     """serve a base and its masks over HTTP"""
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import Any
 
 import uvloop
 from pydantic import ValidationError
@@ -16,6 +17,8 @@ from server.masks import Masks
 from server.metrics import Metrics
 from server.settings import Settings
 
+logger = logging.getLogger("maskllm")
+
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop."""
@@ -24,7 +27,14 @@ async def run(settings: Settings) -> None:
     async with start(settings, folder, metrics) as (engine, sock):
         masks = Masks(settings.masks, settings.name, base, engine)
         masks.scan()
+        logger.info(memory(await engine.stats()))
         await engine.serve(await create_app(engine, masks, metrics), sock)
+
+
+def memory(stats: dict[str, Any]) -> str:
+    """What the engine holds, in a line. Packed masks come as they are used."""
+    base, slot, kv = (stats[f"{what}_bytes"] / 1e6 for what in ("base", "slot", "kv"))
+    return f"memory: base {base:,.1f} MB, {stats['slots_total']} slots of {slot:,.1f} MB, KV {kv:,.1f} MB"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Everything the server can be told, by flag or by environment."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import PositiveInt, model_validator
 from pydantic_settings import BaseSettings, CliUnknownArgs, SettingsConfigDict
@@ -43,6 +43,10 @@ class Settings(
 
     slots: PositiveInt = 8
     """How many masks can be resident, and so be used in one batch, at a time."""
+
+    mask_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
+    """How a resident mask holds its kept weights. auto: bfloat16 where that is exact, else without kernels.
+    int8: smaller and faster, and rounds masked weights and their inputs to 8 bits."""
 
     engine: CliUnknownArgs = []
     """Options that go to vLLM unchanged."""

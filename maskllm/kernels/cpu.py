@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+DENSE_ROWS = 16
+"""More dense rows than this are torch's (cpu/api.cpp)."""
 LARGE = 1 << 20
 """Below this many weights a second thread costs more than it does."""
 
@@ -51,11 +53,16 @@ def force_form(form: int) -> None:
     _library().maskllm_force_form(form)
 
 
+def read(memory: Tensor) -> None:
+    """Read an int64 tensor once and do nothing else: the ceiling of what is bound by memory."""
+    _library().maskllm_read(memory.data_ptr(), memory.numel(), torch.get_num_threads())
+
+
 def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Empty slots (count, values) for a weight (out, in); `dtype` bfloat16 or int8.
 
     9 bits a weight as bfloat16; as int8 5, and a scale for each row: its largest dense weight over 127, so
-    that no mask changes it. Rows and columns are padded to 4 and 128. Memory is committed as slots are filled.
+    that no mask changes it. Rows and columns are padded to 4 and 128. Memory is used as slots are filled.
     """
     slot_bytes = _library().maskllm_slot_bytes(*weight.shape, TYPES[dtype])
     slots = torch.empty(count, slot_bytes // dtype.itemsize, dtype=dtype)
@@ -132,6 +139,7 @@ def _library() -> Any:
         "using": (text, []),
         "use": (None, [text]),
         "force_form": (None, [integer]),
+        "read": (long, [pointer, long, integer]),
         "slot_bytes": (long, [long, long, integer]),
         "advise": (None, [pointer, long]),
         "fill": (None, [pointer, integer, pointer, integer, long, pointer, long, long, integer]),

@@ -1,2 +1,10 @@
-def why_not():
+def why_not() -> str | None:
     return "no"
+
+
+def using() -> str:
+    return ""
+
+
+def linear() -> None:
+    pass

@@ -37,12 +37,22 @@ def backend(device: torch.device) -> ModuleType | None:
     if forced == "reference":
         return None
     module = cpu if device.type == "cpu" else gpu
-    if forced:
-        if module is gpu or forced not in cpu.available():
-            have = ["reference", *(cpu.available() if module is cpu else [])]
-            raise NoBackend(f"MASKLLM_BACKEND={forced} is not on this machine: {', '.join(have)}")
+    if forced and forced not in cpu.available():
+        have = ", ".join(["reference", *cpu.available()])
+        raise NoBackend(f"MASKLLM_BACKEND={forced} is not on this machine, which has {have}")
+    if forced and module is cpu:
         cpu.use(forced)
     return None if module.why_not() else module
+
+
+def chosen() -> dict[str, str]:
+    """Which kernels run here, for people: by device, what is used or why nothing is, and what could be."""
+    use = {}
+    for device, module in (("cpu", cpu), ("cuda", gpu)):
+        forced = backend(torch.device(device)) is None and not module.why_not()
+        reason = "MASKLLM_BACKEND=reference" if forced else module.why_not()
+        use[device] = f"reference: {reason}" if reason else module.using()
+    return use | {"cpu could use": ", ".join(["reference", *cpu.available()])}
 
 
 def allocate(weight: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:

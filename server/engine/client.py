@@ -1,6 +1,7 @@
 """The engine as the API sees it: start vLLM, load and unload masks, answer OpenAI requests."""
 
 import asyncio
+import json
 import os
 import time
 from argparse import Namespace
@@ -171,6 +172,7 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         "max-loras": str(settings.slots),
         "max-cpu-loras": str(settings.slots),
         "worker-extension-cls": "server.engine.manager.MaskWorker",
+        "additional-config": json.dumps({"mask_dtype": settings.mask_dtype}),
     }
     if current_platform.is_cpu():
         ours["dtype"] = "float32"  # bf16 halves the speed where the CPU has no bf16 instructions

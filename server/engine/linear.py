@@ -13,7 +13,7 @@ from maskllm.kernels.masked_linear import DENSE, masked_linear
 NAME = "maskllm"
 
 row_slots: Tensor | None = None
-"""The slot of every token row of the step about to run, (rows,) int32; None while all are dense.
+"""The slot of every token row of the step about to run, (rows,) int32; None while nothing has a mask.
 
 One value for the whole process, as one step runs at a time: the mask manager writes it between
 steps and every masked layer reads it.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping
@@ -28,6 +28,9 @@ from server.engine import linear
 
 logger = init_logger(__name__)
 
+MASK_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""What `--mask-dtype` means to the kernels."""
+
 
 class MaskManager:
     """Owns the packed masks and the slots of one worker."""
@@ -35,17 +38,20 @@ class MaskManager:
     def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: object) -> None:  # noqa: ARG002
         self.device = device
         self.slots = vllm_config.lora_config.max_loras
+        self.mask_dtype = MASK_DTYPES[vllm_config.additional_config.get("mask_dtype", "auto")]
         self.names: dict[int, str] = {}
         self.packed: dict[int, MaskSet] = {}
         self.resident: OrderedDict[int, int] = OrderedDict()  # mask id -> slot, least recent first
         self.layers: dict[str, nn.Module] = {}
         self.parts: dict[str, dict[str, tuple[int, int]]] = {}  # engine layer -> mask layers, shapes
         self.dummies: set[int] = set()
+        self.base_bytes = 0
         self.swaps: Counter[tuple[str, str]] = Counter()
         self.swap_seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:  # noqa: ARG002
         """Called once, after the weights are there: give every linear layer its slots."""
+        self.base_bytes = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
         fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         for name, layer in model.named_modules():
             if isinstance(layer, LinearBase) and isinstance(layer.quant_method, linear.MaskedLinearMethod):
@@ -57,7 +63,9 @@ class MaskManager:
                 sizes = layer.output_sizes if len(parts) > 1 else [rows]
                 shapes = {f"{prefix}.{p}": (size, columns) for p, size in zip(parts, sizes, strict=True)}
                 self.layers[name], self.parts[name] = layer, shapes
-                layer.register_buffer("slots", allocate(weight, self.slots), persistent=False)
+                # 2:4 takes whole groups; a layer that has none is never masked by it.
+                dtype = torch.bool if columns % 4 else self.mask_dtype
+                layer.register_buffer("slots", allocate(weight, self.slots, dtype), persistent=False)
         return model
 
     def add_adapter(self, request: LoRARequest) -> bool:
@@ -113,7 +121,7 @@ class MaskManager:
         for mask_id in wanted:
             if mask_id not in self.resident:
                 self._swap_in(mask_id, keep=wanted)
-        if wanted:
+        if wanted or self.device.type == "cpu":  # where the kernels beat torch on a few dense rows, too
             slots = [self.resident.get(mask_id, DENSE) for mask_id in mapping.index_mapping]
             linear.row_slots = torch.tensor(slots, dtype=torch.int32, device=self.device)
         else:
@@ -127,6 +135,8 @@ class MaskManager:
             packed[self.names[mask_id]] += sum(t.nbytes for t in mask_set.packed.values())
             resident[self.names[mask_id]] += slot_bytes * (mask_id in self.resident)
         return {
+            "base_bytes": self.base_bytes,
+            "slot_bytes": slot_bytes,
             "slots_total": self.slots,
             "slots_used": len(self.resident),
             "resident_bytes": dict(resident),
@@ -163,20 +173,36 @@ class MaskManager:
         slot = next((s for s in range(self.slots) if s not in taken), None)
         if slot is None:
             slot = self.resident.pop(next(i for i in self.resident if i not in keep))
-        mask_set = self.packed[mask_id]
-        for name, layer in self.layers.items():
-            fill(layer.get_buffer("slots"), slot, self._mask(mask_set, name))
+        for name in self.layers:
+            self._fill(name, slot, mask_id)
         self.resident[mask_id] = slot
         self._count(mask_id, "host", begin)
 
-    def _mask(self, mask_set: MaskSet, name: str) -> Tensor:
-        """The mask of an engine layer, put together from its parts; a part without one keeps all."""
-        return torch.cat(
-            [
-                mask_set.mask(part) if part in mask_set.shapes else torch.ones(shape, dtype=torch.bool)
-                for part, shape in self.parts[name].items()
-            ]
-        )
+    def _fill(self, name: str, slot: int, mask_id: int) -> None:
+        """Write one layer's mask, put together from its parts; a part without one keeps all.
+
+        Kernels take 2:4 masks of the whole layer. The first other one turns the layer's slots into the
+        reference's, which take any mask, for good.
+        """
+        layer, parts, mask_set = self.layers[name], self.parts[name], self.packed[mask_id]
+        if (mask_set.n, mask_set.m) == (2, 4) and parts.keys() <= mask_set.shapes.keys():
+            packed = torch.cat([mask_set.packed[part] for part in parts])
+            fill(layer.get_buffer("slots"), slot, layer.get_parameter("weight"), packed)
+            return
+        if layer.get_buffer("slots").dtype != torch.bool:
+            logger.warning(
+                "layer %s is served without kernels from now on: mask %s is %d:%d in %d of its %d parts",
+                *(name, self.names[mask_id], mask_set.n, mask_set.m),
+                *(len(parts.keys() & mask_set.shapes.keys()), len(parts)),
+            )
+            layer.slots = allocate(layer.get_parameter("weight"), self.slots, torch.bool)
+            for resident, its_slot in self.resident.items():
+                self._fill(name, its_slot, resident)
+        masks = [
+            mask_set.mask(part) if part in mask_set.shapes else torch.ones(shape, dtype=torch.bool)
+            for part, shape in parts.items()
+        ]
+        layer.get_buffer("slots")[slot].copy_(torch.cat(masks))
 
     def _count(self, mask_id: int, source: str, begin: float) -> None:
         self.swaps[self.names[mask_id], source] += 1
@@ -187,5 +213,6 @@ class MaskWorker:
     """vLLM adds this to its worker class, so that the API can ask for `mask_stats`."""
 
     def mask_stats(self) -> dict[str, Any]:
-        manager: MaskManager = self.model_runner.lora_manager  # type: ignore[attr-defined]
-        return manager.stats()
+        runner = self.model_runner  # type: ignore[attr-defined]
+        manager: MaskManager = runner.lora_manager
+        return manager.stats() | {"kv_bytes": sum(cache.nbytes for cache in runner.kv_caches)}

@@ -388,6 +388,17 @@ void maskllm_advise(void* memory, long bytes) {
 #endif
 }
 
+// Sum of memory, for the speed at which it can be read at all.
+long maskllm_read(const uint64_t* memory, long count, int threads) {
+    uint64_t sum = 0;
+#pragma omp parallel for reduction(+ : sum) num_threads(threads)
+    for (long i = 0; i < count; i += 8) {
+        __builtin_prefetch(memory + i + PREFETCH / 8);
+        for (long k = i; k < i + 8; k++) sum += memory[k];
+    }
+    return long(sum);
+}
+
 // Write a mask, packed base-6 codes (outs, ceil(columns / 12)), into a slot of a weight (outs, columns). An int8 slot
 // has its scales already.
 void maskllm_fill(uint8_t* slot, int slot_type, const void* weight, int weight_type, long weight_stride,

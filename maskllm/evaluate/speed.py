@@ -1,0 +1,155 @@
+"""How fast the kernels are on this machine, against the best that torch has, in the same run.
+
+Every contender takes its turn in every round, on weights that rotate through more memory than caches hold,
+so that drifts of a shared machine meet all alike; the figures are medians.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maskllm.core.patterns import best, encode, pack
+from maskllm.kernels import cpu
+from maskllm.kernels.masked_linear import DENSE, allocate, fill, masked_linear
+
+POOL_BYTES = 200_000_000
+"""Of weights that a contender goes through before it meets one again."""
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (768, 768)]
+ROWS = [1, 4, 16, 64]
+MASKS = [1, 2, 4, 8, 16]
+
+
+class NoKernels(ValueError):
+    """There is nothing here to measure."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of one call: median, and the middle half."""
+
+    ms: float
+    low: float
+    high: float
+
+
+def interleave(
+    contenders: dict[str, Callable[[int], object]], rounds: int, calls: int = 1
+) -> dict[str, Time]:
+    """Time of a call of each contender, which is called with a running number; two rounds warm up.
+
+    Short work makes several `calls` in a row, as its first one finds its own code out of cache.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 2):
+        for name, work in contenders.items():
+            begin = time.perf_counter()
+            for call in range(turn * calls, (turn + 1) * calls):
+                work(call)
+            seconds[name].append((time.perf_counter() - begin) / calls)
+    return {name: _time(values[2:]) for name, values in seconds.items()}
+
+
+def _time(seconds: list[float]) -> Time:
+    low, _, high = quantiles(seconds, n=4)
+    return Time(median(seconds) * 1e3, low * 1e3, high * 1e3)
+
+
+@dataclass
+class Layer:
+    """Weights (out, in) in turn, as every contender wants them."""
+
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        outs, inputs = self.shape
+        self.calls = max(1, (1 << 22) // (outs * inputs))
+        self.count = max(2, -(-POOL_BYTES // (2 * outs * inputs)))
+        self.weights = [torch.randn(self.shape).bfloat16() for _ in range(self.count)]
+        self.floats = [weight.float() for weight in self.weights[: max(2, self.count // 2)]]
+        self.quantized = [_torch_int8(weight) for weight in self.floats]
+        self.packed = pack(encode(best(torch.rand(self.shape))))
+        self.bf16 = [self._slots(weight, torch.bfloat16) for weight in self.weights]
+        self.int8 = [self._slots(weight, torch.int8) for weight in self.weights]
+
+    def _slots(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        slots = allocate(weight, 1, dtype)
+        fill(slots, 0, weight, self.packed)
+        return slots
+
+    def contenders(self, rows: int) -> dict[str, Callable[[int], object]]:
+        """By name; `rows` inputs under one mask. Ours take bfloat16 inputs, "fp32 inputs" excepted."""
+        x = torch.randn(rows, self.shape[1])
+        half, masked, dense = x.bfloat16(), torch.zeros(rows, dtype=torch.int32), torch.full((rows,), DENSE)
+        dense = dense.int()
+
+        def ours(slots: list[Tensor], x: Tensor, rows: Tensor) -> Callable[[int], object]:
+            return lambda turn: masked_linear(
+                x, self.weights[turn % self.count], slots[turn % self.count], rows, None
+            )
+
+        linear = functional.linear
+        return {
+            "torch fp32": lambda turn: linear(x, self.floats[turn % len(self.floats)]),
+            "torch bf16": lambda turn: linear(half, self.weights[turn % self.count]),
+            "torch int8": lambda turn: torch.ops.quantized.linear_dynamic(
+                x, self.quantized[turn % len(self.quantized)]
+            ),
+            "2:4 bf16": ours(self.bf16, half, masked),
+            "2:4 bf16, fp32 inputs": ours(self.bf16, x, masked),
+            "2:4 int8": ours(self.int8, half, masked),
+        } | ({"ours, dense bf16": ours(self.bf16, half, dense)} if rows <= cpu.DENSE_ROWS else {})
+
+    def swap(self) -> dict[str, Callable[[int], object]]:
+        """Writing a mask into a slot, against copying the dense weight."""
+        copy, count = torch.empty_like(self.weights[0]), self.count
+        return {
+            "memcpy of the dense weight": lambda turn: copy.copy_(self.weights[turn % count]),
+            "swap bf16": lambda turn: fill(
+                self.bf16[turn % count], 0, self.weights[turn % count], self.packed
+            ),
+            "swap int8": lambda turn: fill(
+                self.int8[turn % count], 0, self.weights[turn % count], self.packed
+            ),
+        }
+
+
+def many_masks(shape: tuple[int, int], rows: int, masks: int) -> dict[str, Callable[[int], object]]:
+    """`rows` inputs under so many masks: each slot for its rows, the dense weight once for all, and the choice."""
+    weights = [torch.randn(shape).bfloat16() for _ in range(2)]
+    slots = [allocate(weight, masks, torch.bfloat16) for weight in weights]
+    for weight, each in zip(weights, slots, strict=True):
+        for slot in range(masks):
+            fill(each, slot, weight, pack(encode(best(torch.rand(shape)))))
+    x, row_slots = torch.randn(rows, shape[1]).bfloat16(), torch.arange(rows, dtype=torch.int32) % masks
+
+    def run(form: int) -> Callable[[int], object]:
+        def work(turn: int) -> None:
+            cpu.force_form(form)
+            masked_linear(x, weights[turn % 2], slots[turn % 2], row_slots, None)
+            cpu.force_form(-1)
+
+        return work
+
+    return {"each slot": run(0), "dense once": run(1), "chosen": run(-1)}
+
+
+def read_gb_s() -> float:
+    """GB/s at which torch's threads together read memory: no product of weights out of cache is faster."""
+    memory = torch.zeros(POOL_BYTES // 64 * 8, dtype=torch.int64)
+    took = interleave({"read": lambda _: cpu.read(memory)}, 15)["read"].ms
+    return memory.nbytes / took / 1e6
+
+
+def _torch_int8(weight: Tensor) -> object:
+    """The weight packed for torch's dynamic int8 product, a scale for each row."""
+    scales = weight.abs().amax(1) / 127
+    with warnings.catch_warnings():  # torch means to drop these tensors; nothing else of its is int8 on a CPU
+        warnings.simplefilter("ignore", UserWarning)
+        rows = torch.quantize_per_channel(weight, scales, torch.zeros_like(scales).int(), 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(rows, None)
