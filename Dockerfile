@@ -1,4 +1,12 @@
 # The server with its engine: `docker build .` for CPU, `docker build --build-arg ENGINE=gpu .` for CUDA.
+FROM python:3.11-slim AS wheel
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+# The kernels' C++ is compiled here; the image below has no compiler. Mounted, not copied: what the build writes to
+# the mount is thrown away.
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,target=/src,rw \
+    pip wheel --no-deps --wheel-dir /wheels /src
+
 FROM python:3.11-slim
 ARG ENGINE=cpu
 
@@ -20,10 +28,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
         && pip uninstall -y torchvision torchaudio torchcodec triton; \
     else pip install vllm==0.32.0; fi
 
-# Mounted, not copied: the image holds one copy of the code, the installed one. What the build writes
-# to the mount is thrown away.
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,target=/src,rw \
-    if [ "$ENGINE" = cpu ]; then pip install -c requirements/constraints-cpu.txt /src; else pip install /src; fi
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    if [ "$ENGINE" = cpu ]; then pip install -c requirements/constraints-cpu.txt /wheels/*.whl; \
+    else pip install /wheels/*.whl; fi
 COPY examples/demo/base examples/demo/base
 COPY examples/demo/masks examples/demo/masks
 

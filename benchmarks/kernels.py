@@ -28,9 +28,9 @@ def main() -> None:
     spread = max((max(v) - min(v)) / median(v) for n, v in figures.items() if n.endswith("| 2:4, ms"))
     note = (
         f"{cpu.using()}, {torch.get_num_threads()} threads; x: times as fast as. 2:4 is bf16 with bf16 "
-        "inputs; sparsity is 2:4 against our own dense bf16 kernel, at most 1.78; the floor is the bytes of a "
-        f"2:4 slot at the speed memory was read. Median of {PASSES} passes of {ROUNDS} rounds; passes differ "
-        f"by up to {spread:.0%} in the 2:4 times"
+        "inputs; sparsity is 2:4 against our own dense bf16 kernel, at most 1.78; the floor is the bytes of "
+        f"a 2:4 slot at the speed memory was read. Median of {PASSES} passes of {ROUNDS} rounds; passes "
+        f"differ by up to {spread:.0%} in the 2:4 times"
     )
     write("kernels", "make bench", rows, note, of="layer, rows")
 

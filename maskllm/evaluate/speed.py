@@ -120,7 +120,7 @@ class Layer:
 
 
 def many_masks(shape: tuple[int, int], rows: int, masks: int) -> dict[str, Callable[[int], object]]:
-    """`rows` inputs under so many masks: each slot for its rows, the dense weight once for all, and the choice."""
+    """`rows` inputs under so many masks: each slot for its rows, the dense weight once, and the choice."""
     weights = [torch.randn(shape).bfloat16() for _ in range(2)]
     slots = [allocate(weight, masks, torch.bfloat16) for weight in weights]
     for weight, each in zip(weights, slots, strict=True):
