@@ -10,7 +10,9 @@ from running import BASE, MASKS, SLOTS, Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.core import maskset
+from maskllm.core.base import Base
 from maskllm.core.layers import apply_masks
+from maskllm.core.patterns import best
 
 NAMES = ["legal", "medical", "code", "stories", "general", "none"]
 STARTS = [
@@ -94,6 +96,37 @@ def test_the_masks_are_really_different_models(server: Server):
     body = {"prompt": STARTS[0], "max_tokens": 24, "temperature": 0, "return_token_ids": True}
     choices = asyncio.run(ask_all(server.url, [{**body, "mask": name} for name in NAMES]))
     assert len({tuple(choice["token_ids"]) for choice in choices}) == len(NAMES)
+
+
+def test_a_mask_that_the_kernels_cannot_take_is_answered_exactly_beside_one_that_they_can(
+    server: Server, base: Base
+):
+    """Last in the session: the layers that such a mask covers are the reference's from here on."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    noise = torch.Generator().manual_seed(0)
+    legal = maskset.load(MASKS / "legal.safetensors")
+    some = {n: s for n, s in legal.shapes.items() if n.endswith(("layers.0.self_attn.q_proj", "down_proj"))}
+    odd = {
+        "part-of-qkv": {name: best(torch.rand(shape, generator=noise)) for name, shape in some.items()},
+        "four-of-eight": {name: best(torch.rand(s, generator=noise), 4, 8) for name, s in some.items()},
+    }
+    bodies = []
+    for name in (*odd, "legal"):
+        if name in odd:
+            n, m = (4, 8) if name == "four-of-eight" else (2, 4)
+            file = f"{name}.safetensors"
+            maskset.save(maskset.from_masks(odd[name], base, n, m), server.masks / file)
+            assert server.client().put(f"/v1/masks/{name}", json={"file": file}).status_code == 200
+        body = {"mask": name, "max_tokens": 16, "temperature": 0, "return_token_ids": True}
+        bodies.append({**body, "prompt": STARTS[0]})
+    choices = asyncio.run(ask_all(server.url, bodies))
+    for body, choice in zip(bodies, choices, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        apply_masks(model, odd.get(str(body["mask"])) or legal.masks())
+        assert compare(model, tokenizer, body, choice) in ("equal", "near tie")
+    assert "is served without kernels from now on: mask part-of-qkv is 2:4 in 1 of its 3 parts" in (
+        server.log.read_text()
+    )
 
 
 def test_more_masks_than_slots_were_in_use():
