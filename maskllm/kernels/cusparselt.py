@@ -5,6 +5,7 @@ documents for no GPU. So nothing is taken on trust: for each shape of weight `al
 with the library's byte by byte and its product with the dense one, and lets it be used only if it also wins.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -19,6 +20,8 @@ from maskllm.core.patterns import best, encode, expand, pack, unpack
 with suppress(ImportError):  # gpu.why() says so
     from maskllm.kernels import triton_kernels as kernels
 
+logger = logging.getLogger(__name__)
+
 LEAST_ROWS = 512
 """Below, dense is as fast: public figures of H100 and bf16 give 1.1x to 1.4x at 512 rows and lose at 64."""
 
@@ -27,25 +30,34 @@ LEAST_ROWS = 512
 def algorithm(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> int | None:
     """The number of the algorithm to multiply weights (outs, ins) by; None where dense is to be used.
 
-    Takes a second or so, once a shape. Some algorithms give wrong products now and then (pytorch #155333),
-    so each size is tried several times.
+    Takes a second or so, once a shape.
     """
     if outs % 64 or ins % 32 or not _available(device):
         return None
-    weight = torch.randn(outs, ins, dtype=dtype, device=device)
+    try:
+        return _proven(outs, ins, dtype, device)
+    except RuntimeError as error:  # a library older than the GPU, for one
+        logger.warning("prefill of (%d, %d) is dense, as cuSPARSELt failed: %s", outs, ins, error)
+        return None
+
+
+def _proven(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """The algorithm the library's search finds, if layout, results and speed are as they should be.
+
+    Some algorithms give wrong products now and then (pytorch #155333), so each size is tried three times.
+    """
+    # No weight is zero: the library could not tell it from a dropped one.
+    weight = (torch.rand(outs, ins, device=device) + 0.5).to(dtype)
     mask = best(torch.rand(outs, ins, device=device))
     masked = torch.where(mask, weight, 0)
-    compressed = torch._cslt_compress(masked).view(-1)
-    kept = weight[mask]
+    compressed = torch._cslt_compress(masked).view(outs, -1)
     metadata = torch.empty(outs * ins // 32, dtype=torch.int32, device=device)
     write_metadata(metadata, pack(encode(mask)), dtype)
-    if not torch.equal(
-        torch.cat([kept, metadata.view(dtype)]).view(torch.int16), compressed.view(torch.int16)
-    ):
+    ours = torch.cat([weight[mask], metadata.view(dtype)])
+    if not torch.equal(ours.view(torch.int16), compressed.view(-1).view(torch.int16)):
         return None
-    compressed = compressed.view(outs, -1)
     x = torch.randn(4 * LEAST_ROWS, ins, dtype=dtype, device=device)
-    number = torch._cslt_sparse_mm_search(compressed, x[:LEAST_ROWS].t())
+    number = torch._cslt_sparse_mm_search(compressed, x[:LEAST_ROWS].t(), transpose_result=True)
     for rows in (LEAST_ROWS, 4 * LEAST_ROWS) * 3:
         expected = functional.linear(x[:rows], masked).float()
         wrong = (linear(x[:rows], compressed, None, number).float() - expected).abs().max()

@@ -47,8 +47,8 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         raise ValueError(
             f"slots of {dtype} for weights of {weight.dtype}: on a GPU both are bfloat16 or both are float16"
         )
-    if weight.shape[1] % 4:
-        raise ValueError(f"weight {tuple(weight.shape)} has no whole groups of 4 inputs")
+    if weight.shape[1] % 4 or not weight.is_contiguous():
+        raise ValueError(f"weight {tuple(weight.shape)} is no contiguous matrix of whole groups of 4 inputs")
     return torch.zeros(count, Layout.of(weight).words, dtype=torch.int32, device=weight.device)
 
 

@@ -201,9 +201,10 @@ def test_slots_that_do_not_fit_the_weight_are_refused(dtype):
         gpu.allocate(torch.empty(4, 8, dtype=torch.float32), 1, dtype)
 
 
-def test_a_row_of_half_a_group_is_refused():
+@pytest.mark.parametrize("weight", [torch.empty(4, 6), torch.empty(8, 4).t()])
+def test_a_weight_without_whole_groups_in_memory_is_refused(weight):
     with pytest.raises(ValueError, match="groups of 4"):
-        gpu.allocate(torch.empty(4, 6, dtype=torch.bfloat16), 1, torch.bfloat16)
+        gpu.allocate(weight.bfloat16(), 1, torch.bfloat16)
 
 
 # Prefill by the sparse tensor cores. A library that keeps cuSPARSELt's contract on the CPU takes its place.
@@ -238,7 +239,8 @@ class Library:
             + r % 32 // 8 % 2 + r % 32 // 16 * 128 + g % 4 * 4 + (g % 8 >= 4) * 2
         )  # fmt: skip
 
-    def search(self, _compressed, _x):
+    def search(self, _compressed, _x, transpose_result):
+        assert transpose_result
         return 7
 
     def multiply(self, compressed, x, bias=None, transpose_result=False, alg_id=0):
@@ -323,6 +325,15 @@ def test_dense_is_used_where_sparse_is_slower(monkeypatch):
     seconds = iter([2.0, 1.0])
     monkeypatch.setattr(cusparselt, "_seconds", lambda _: next(seconds))
     assert algorithm() is None
+
+
+def test_dense_is_used_where_the_library_does_not_know_the_gpu(library, monkeypatch):
+    def compress(_dense):
+        raise RuntimeError("CUDA error: architecture mismatch when calling `cusparseLtInit(&handle)`")
+
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
+    assert algorithm() is None
+    assert library.multiplied == 0
 
 
 @pytest.mark.usefixtures("library")
