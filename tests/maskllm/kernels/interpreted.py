@@ -217,7 +217,7 @@ class Library:
     """What its products are off by."""
     xor = 0
     """Changes the order of its metadata: another GPU's."""
-    reads_values = True
+    values_in_rows = True
     multiplied = 0
 
     def compress(self, dense):
@@ -228,7 +228,7 @@ class Library:
         nibbles = torch.zeros(outs * ins // 4, dtype=torch.int64)
         nibbles[self.places(outs, ins) ^ self.xor] = index
         words = (nibbles.view(-1, 4) << torch.tensor([0, 4, 8, 12])).sum(1).to(torch.int16)
-        values = dense[kept] if self.reads_values else dense[kept].flip(0)
+        values = dense[kept] if self.values_in_rows else dense[kept].flip(0)
         return torch.cat([values, words.view(dense.dtype)]).view(outs, -1)
 
     def places(self, outs, ins):
@@ -255,7 +255,9 @@ class Library:
         index = nibbles[self.places(outs, ins) ^ self.xor].long()
         columns = torch.stack([index & 3, index >> 2], -1) + torch.arange(0, ins, 4)[:, None]
         dense = torch.zeros(outs, ins, dtype=x.dtype)
-        dense.scatter_(1, columns.view(outs, -1), flat[: outs * ins // 2].view(outs, -1))
+        values = flat[: outs * ins // 2]
+        values = values if self.values_in_rows else values.flip(0)
+        dense.scatter_(1, columns.view(outs, -1), values.view(outs, -1))
         return torch.nn.functional.linear(x.t(), dense, bias) + self.off_by
 
 
@@ -316,7 +318,7 @@ def test_dense_is_used_where_sparse_is_wrong(library):
 
 
 def test_dense_is_used_where_the_library_stores_values_in_another_order(library):
-    library.reads_values = False
+    library.values_in_rows = False
     assert algorithm() is None
 
 
