@@ -15,8 +15,9 @@ serve: .venv/$(ENGINE)  ## Serve the demo base and its masks
 test: .venv/$(ENGINE)-dev  ## Run the tests that need no GPU
 	$(BIN)/python -m pytest $(ARGS)
 
-gpu: .venv/gpu-dev  ## Run the tests that need a GPU
+gpu: .venv/gpu-dev  ## Run the tests that need a GPU, then measure its kernels
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python benchmarks/gpu.py
 
 check: .venv/$(ENGINE)-dev  ## Format, lint, types, import directions, README tables
 	$(BIN)/ruff format --check .

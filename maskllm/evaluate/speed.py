@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from maskllm.core.patterns import best, encode, pack
-from maskllm.kernels import cpu
-from maskllm.kernels.masked_linear import DENSE, allocate, fill, masked_linear
+from maskllm.kernels import DENSE, cpu
+from maskllm.kernels.masked_linear import allocate, fill, masked_linear
 
 POOL_BYTES = 200_000_000
 """Of weights that a contender goes through before it meets one again."""

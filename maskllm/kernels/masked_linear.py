@@ -1,15 +1,12 @@
 """The one operator of serving: a linear layer in which every row has its own mask, or none.
 
 `slots` holds the resident masks of one layer. Make it with `allocate`, write it with `fill`, and pass it to
-`masked_linear`. Its dtype says what a slot is and so who multiplies by it:
-
-    bfloat16, int8    the kept values of a 2:4 mask and its bits, as this machine's kernels want them
-                      (cpu.py and cpu/, C++; gpu.py, Triton and sparse tensor cores)
-    bool              the mask itself, of any pattern: the reference, in plain torch, which runs everywhere
+`masked_linear`. A slot of bool is the mask itself, of any pattern: the reference, in plain torch, which runs
+everywhere. Any other is the kept values of a 2:4 mask and where they belong, as this machine's kernels want
+them: cpu.py and cpu/ (C++), gpu.py (Triton, and sparse tensor cores for prefill).
 """
 
 import os
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -17,10 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from maskllm.core.patterns import expand, unpack
-from maskllm.kernels import cpu, gpu
-
-DENSE = -1
-"""The row slot of a row that uses the base's own weights."""
+from maskllm.kernels import DENSE, cpu, gpu
 
 
 class NoBackend(ValueError):
@@ -58,13 +52,12 @@ def chosen() -> dict[str, str]:
 def allocate(weight: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:
     """Empty slots for `count` masks of a weight (out, in), first dimension the slot; fill one before its use.
 
-    `dtype` is bfloat16 or int8, the values' dtype, or bool for the reference. None takes bfloat16 where it
-    holds every weight exactly and there are kernels for it, else bool.
+    `dtype` is that of the kept values, bfloat16 or int8 (on a GPU the weight's own, float16 too), or bool for
+    the reference. None takes the kernels where they are exact, else bool. Raises NoBackend.
     """
     module = backend(weight.device)
     if dtype is None:
-        exact = weight.dtype == torch.bfloat16 or torch.equal(weight.bfloat16().to(weight.dtype), weight)
-        dtype = torch.bfloat16 if module and exact else torch.bool
+        dtype = (_exact(weight) if module else None) or torch.bool
     if dtype == torch.bool:
         return torch.zeros(count, *weight.shape, dtype=torch.bool, device=weight.device)
     if module is None:
@@ -72,8 +65,18 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype | None = None) -> Te
         raise NoBackend(f"no {dtype} slots without kernels: {why}")
     if weight.shape[1] % 4:
         raise NoBackend(f"no {dtype} slots for {weight.shape[1]} inputs: 2:4 needs a multiple of 4")
+    if module is gpu and dtype != _exact(weight):
+        raise NoBackend(f"no {dtype} slots for {weight.dtype} on a GPU: both must be bfloat16, or float16")
     slots: Tensor = module.allocate(weight, count, dtype)
     return slots
+
+
+def _exact(weight: Tensor) -> torch.dtype | None:
+    """The dtype in which kernels hold every weight as it is, if there is one."""
+    if weight.is_cuda:
+        return weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
+    same = weight.dtype == torch.bfloat16 or torch.equal(weight.bfloat16().to(weight.dtype), weight)
+    return torch.bfloat16 if same else None
 
 
 def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
@@ -89,12 +92,18 @@ def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
 
 
 def _masked_linear(
-    x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    row_slots: Tensor,
+    bias: Tensor | None,
+    present: list[int] | None = None,
 ) -> Tensor:
-    multiply: Callable[..., Tensor] = reference
-    if slots.dtype != torch.bool:
-        multiply = cpu.linear if slots.device.type == "cpu" else gpu.linear
-    return multiply(x, weight, slots, row_slots, bias)
+    if slots.dtype == torch.bool:
+        return reference(x, weight, slots, row_slots, bias)
+    if slots.device.type == "cpu":
+        return cpu.linear(x, weight, slots, row_slots, bias)
+    return gpu.linear(x, weight, slots, row_slots, bias, None if present is None else tuple(present))
 
 
 def reference(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,17 +126,34 @@ torch.library.define(
 torch.library.impl("maskllm::masked_linear", ["CPU", "CUDA"], _masked_linear)
 
 
-@torch.library.register_fake("maskllm::masked_linear")
-def _(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    slots: Tensor,  # noqa: ARG001
+    row_slots: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    present: list[int] | None = None,  # noqa: ARG001
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def masked_linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
+torch.library.register_fake("maskllm::masked_linear", _fake)
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    row_slots: Tensor,
+    bias: Tensor | None,
+    present: list[int] | None = None,
+) -> Tensor:
     """x (rows, in) times the masked weight (out, in) of each row's slot, plus bias -> (rows, out).
 
-    `row_slots` (rows,) int32 gives each row's slot, or DENSE. Inputs that only dropped weights would meet
-    take no part, an infinity or NaN included (the reference multiplies them by 0). With int8 slots inputs,
-    too, are rounded to 8 bits, by each row's largest; a row that is not finite then answers NaN.
+    `row_slots` (rows,) int32 gives each row's slot, or DENSE; `present` are the slots in it, where the host
+    knows them and no CUDA graph is captured. Inputs that only dropped weights would meet take no part, an
+    infinity or NaN included (the reference multiplies them by 0). With int8 slots inputs, too, are rounded to
+    8 bits, by each row's largest; a row that is not finite then answers NaN.
     """
-    out: Tensor = torch.ops.maskllm.masked_linear(x, weight, slots, row_slots, bias)
+    out: Tensor = torch.ops.maskllm.masked_linear(x, weight, slots, row_slots, bias, present)
     return out

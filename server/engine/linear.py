@@ -8,7 +8,8 @@ from torch.nn import functional
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from maskllm.kernels.masked_linear import DENSE, masked_linear
+from maskllm.kernels import DENSE
+from maskllm.kernels.masked_linear import masked_linear
 
 NAME = "maskllm"
 

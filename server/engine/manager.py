@@ -23,7 +23,8 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from maskllm.core import maskset
 from maskllm.core.maskset import MaskError, MaskSet
-from maskllm.kernels.masked_linear import DENSE, allocate, fill
+from maskllm.kernels import DENSE
+from maskllm.kernels.masked_linear import allocate, fill
 from server.engine import linear
 
 logger = init_logger(__name__)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from maskllm.core.patterns import best, encode, pack
-from maskllm.kernels import cpu
-from maskllm.kernels.masked_linear import DENSE, NoBackend, allocate, backend, fill, masked_linear
+from maskllm.kernels import DENSE, cpu
+from maskllm.kernels.masked_linear import NoBackend, allocate, backend, fill, masked_linear
 
 HERE = Path(__file__).parent
 CPU = Path(cpu.__file__).with_name("cpu")

@@ -1,0 +1,348 @@
+"""What the GPU's kernels compute, by Triton's interpreter on the CPU.
+
+test_gpu_kernels.py runs this file in a process of its own, as TRITON_INTERPRET has to be set before triton
+is imported: TRITON_INTERPRET=1 python -m pytest tests/maskllm/kernels/interpreted.py
+
+The oracle multiplies in float64 by where(mask, weight, 0).
+"""
+
+import pytest
+import torch
+
+from maskllm.core.patterns import best, encode, expand, pack
+from maskllm.kernels import DENSE, cusparselt, gpu
+from maskllm.kernels import triton_kernels as kernels
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+class Layer:
+    """A random weight and random resident masks."""
+
+    def __init__(self, outs, ins, count=3, dtype=torch.bfloat16):
+        self.weight = torch.randn(outs, ins, dtype=dtype)
+        self.masks = [best(torch.rand(outs, ins)) for _ in range(count)]
+        self.fill()
+
+    def fill(self):
+        self.slots = gpu.allocate(self.weight, len(self.masks), self.weight.dtype)
+        for slot, mask in enumerate(self.masks):
+            gpu.fill(self.slots, slot, self.weight, pack(encode(mask)))
+
+    def masked(self, slot):
+        return self.weight if slot == DENSE else torch.where(self.masks[slot], self.weight, 0)
+
+    def check(self, x, rows, bias=None, present=None):
+        """The answer, after it was compared with the oracle's."""
+        row_slots = torch.tensor(rows, dtype=torch.int32)
+        got = gpu.linear(x, self.weight, self.slots, row_slots, bias, present)
+        expected = torch.zeros(len(rows), self.weight.shape[0], dtype=torch.float64)
+        for row, slot in enumerate(rows):
+            expected[row] = self.masked(slot).double() @ x[row].double()
+        if bias is not None:
+            expected += bias.double()
+        assert got.dtype == x.dtype
+        # A unit in the last of 8 bits (the interpreter cuts bf16 off, a GPU rounds) or half a unit in the
+        # last of 11 (fp16); and the order of a sum in fp32.
+        rtol = 2**-7 if x.dtype == torch.bfloat16 else 2**-11
+        torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=1e-4)
+        return got
+
+
+def mixed(rows, count):
+    """Dense rows and rows of each slot, in turns."""
+    return [row % (count + 1) - 1 for row in range(rows)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outs", "ins"), [(40, 172), (7, 4)])
+def test_every_row_is_answered_by_its_own_mask(outs, ins, dtype):
+    layer = Layer(outs, ins, dtype=dtype)
+    layer.check(torch.randn(20, ins, dtype=dtype), mixed(20, 3), torch.randn(outs, dtype=dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 32, 33, 63, 64, 65, 70])
+def test_every_number_of_rows_is_answered(rows):
+    layer = Layer(8, 20, count=2)
+    layer.check(torch.randn(rows, 20, dtype=torch.bfloat16), mixed(rows, 2))
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_no_rows_no_work_and_rows_of_one_kind_are_answered_alone(rows):
+    layer, x = Layer(24, 44, count=2), torch.randn(rows, 44, dtype=torch.bfloat16)
+    assert layer.check(x[:0], []).shape == (0, 24)
+    for slot in (DENSE, 1):
+        bias = torch.randn(24, dtype=torch.bfloat16)
+        alone = layer.check(x, [slot] * rows, bias)
+        torch.testing.assert_close(layer.check(x, [slot] * rows, bias, present=(slot,)), alone)
+
+
+def test_what_the_host_knows_of_the_rows_does_not_change_the_answer():
+    layer, x = Layer(8, 44), torch.randn(70, 44, dtype=torch.bfloat16)
+    rows = [DENSE] * 20 + [2] * 30 + [0] * 20
+    assert torch.equal(layer.check(x, rows), layer.check(x, rows, present=(0, 2, DENSE)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("dense", [0, 1])
+def test_a_row_gets_the_same_answer_whatever_masks_share_its_batch(count, dense):
+    """Masks that share a pass over the dense weight, in one pass or more, and masks read alone."""
+    layer, x = Layer(8, 132, count), torch.randn(16, 132, dtype=torch.bfloat16)
+    rows = [row % count for row in range(16 - dense)] + [DENSE] * dense
+    together = layer.check(x, rows)
+    for row in (1, 15):
+        alone = layer.check(x[row : row + 1], rows[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=2**-7, atol=1e-4)
+
+
+def test_a_batch_without_masks_does_not_read_the_slots():
+    layer = Layer(8, 44)
+    layer.slots.fill_(-1)  # nan, all of them
+    layer.check(torch.randn(3, 44, dtype=torch.bfloat16), [DENSE] * 3)
+
+
+def test_only_the_slots_of_a_batch_are_read():
+    layer = Layer(8, 44, count=6)
+    layer.slots[1].fill_(-1)
+    for rows in ([0, 2, 0], [0, 2, 3, 4, 5, DENSE], [0, 2, 3, 4, 5] * 13):
+        layer.check(torch.randn(len(rows), 44, dtype=torch.bfloat16), rows)
+
+
+@pytest.mark.parametrize("rows", [6, 66])
+def test_rows_may_lie_apart(rows):
+    layer, base = Layer(8, 172, count=1), torch.randn(2 * rows, 400, dtype=torch.bfloat16)
+    for x in (
+        base[:rows, 100:272],
+        base[::2, :172],
+        base[:rows, 3:175],
+        torch.randn(172, rows).bfloat16().t(),
+    ):
+        layer.check(x, mixed(rows, 1))
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_refilling_a_slot_replaces_its_mask_in_place(rows):
+    layer, x = Layer(8, 44, count=2), torch.randn(rows, 44, dtype=torch.bfloat16)
+    old, pointer = layer.check(x, [1] * rows), layer.slots.data_ptr()
+    layer.masks[1] = best(torch.rand(8, 44))
+    gpu.fill(layer.slots, 1, layer.weight, pack(encode(layer.masks[1])))
+    assert not torch.equal(layer.check(x, [1] * rows), old)
+    assert layer.slots.data_ptr() == pointer
+    layer.check(x, [0] * rows)
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 0, 1, 2], [0] * 70, [0] * 66 + [1] * 4])
+def test_a_dropped_weight_is_gone_whatever_it_is(rows):
+    layer = Layer(8, 44)
+    for slot, value in enumerate((torch.inf, torch.nan, -torch.inf)):
+        layer.weight[slot, 8] = value
+    layer.masks = [mask.clone() for mask in layer.masks]
+    for mask in layer.masks:
+        mask[:, 8:12] = torch.tensor([False, True, False, True])
+    layer.fill()
+    assert layer.check(torch.randn(len(rows), 44).bfloat16(), rows).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # numpy's
+@pytest.mark.parametrize("rows", [[0, 1], [0, 1, 2, 3], [0] * 30 + [1] * 40])
+def test_an_infinity_that_one_mask_keeps_stays_out_of_the_rows_of_another(rows):
+    layer = Layer(8, 44, count=4)
+    layer.weight[:, 8] = torch.inf
+    for slot, mask in enumerate(layer.masks):
+        mask[:, 8:12] = torch.tensor([slot == 0, True, False, slot != 0])
+    layer.fill()
+    out = layer.check(torch.rand(len(rows), 44).bfloat16() + 0.1, rows)
+    assert out.isinf().all(1).tolist() == [slot == 0 for slot in rows]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outs", "ins"), [(5, 172), (3, 4), (2, 4104)])
+def test_a_slot_holds_every_kept_weight_bit_by_bit(outs, ins, dtype):
+    """Also zeros, -0.0 and values that are no numbers."""
+    bits = torch.randint(-(2**15), 2**15, (outs, ins), dtype=torch.int16)
+    bits[torch.rand(outs, ins) < 0.2] = 0
+    bits[torch.rand(outs, ins) < 0.2] = -(2**15)
+    layer = Layer(outs, ins)
+    layer.weight = bits.view(dtype)
+    layer.fill()
+    for slot, mask in enumerate(layer.masks):
+        dense = torch.full((outs, ins), 7.0, dtype=dtype)
+        gpu._expand(layer.slots, slot, torch.tensor(True), dense)
+        assert torch.equal(dense.view(torch.int16), torch.where(mask, bits, 0))
+        kept = layer.slots[slot, : outs * ins // 4].view(torch.int16)
+        assert torch.equal(kept, bits[mask])
+
+
+def test_every_byte_of_a_packed_mask_is_read_as_its_three_patterns():
+    codes = torch.cartesian_prod(*[torch.arange(6, dtype=torch.uint8)] * 3).flip(1).reshape(1, -1)
+    layer = Layer(1, codes.numel() * 4, count=1)
+    layer.masks = [expand(codes)]
+    gpu.fill(layer.slots, 0, layer.weight, pack(codes))
+    dense = torch.empty_like(layer.weight)
+    gpu._expand(layer.slots, 0, torch.tensor(True), dense)
+    assert torch.equal(dense, layer.masked(0))
+
+
+def test_a_slot_is_9_bits_a_weight():
+    weight = torch.empty(4096, 11008, dtype=torch.bfloat16)
+    assert gpu.Layout.of(weight).words * 32 == 9 * weight.numel()
+
+
+@pytest.mark.usefixtures("library")
+def test_a_slot_is_10_bits_a_weight_where_prefill_uses_the_sparse_tensor_cores():
+    weight = torch.empty(128, 256, dtype=torch.bfloat16)
+    assert gpu.Layout.of(weight).words * 32 == 10 * weight.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_slots_that_do_not_fit_the_weight_are_refused(dtype):
+    with pytest.raises(ValueError, match="both are bfloat16"):
+        gpu.allocate(torch.empty(4, 8, dtype=torch.float32), 1, dtype)
+
+
+@pytest.mark.parametrize("weight", [torch.empty(4, 6), torch.empty(8, 4).t()])
+def test_a_weight_without_whole_groups_in_memory_is_refused(weight):
+    with pytest.raises(ValueError, match="groups of 4"):
+        gpu.allocate(weight.bfloat16(), 1, torch.bfloat16)
+
+
+# Prefill by the sparse tensor cores. A library that keeps cuSPARSELt's contract on the CPU takes its place.
+
+
+class Library:
+    """cuSPARSELt on sm_90: compresses 2:4 weights, and multiplies by them."""
+
+    off_by = 0.0
+    """What its products are off by."""
+    xor = 0
+    """Changes the order of its metadata: another GPU's."""
+    values_in_rows = True
+    multiplied = 0
+
+    def compress(self, dense):
+        outs, ins = dense.shape
+        kept = dense != 0
+        codes = encode(kept)
+        index = torch.tensor([0x4, 0x8, 0xC, 0x9, 0xD, 0xE])[codes.long()]
+        nibbles = torch.zeros(outs * ins // 4, dtype=torch.int64)
+        nibbles[self.places(outs, ins) ^ self.xor] = index
+        words = (nibbles.view(-1, 4) << torch.tensor([0, 4, 8, 12])).sum(1).to(torch.int16)
+        values = dense[kept] if self.values_in_rows else dense[kept].flip(0)
+        return torch.cat([values, words.view(dense.dtype)]).view(outs, -1)
+
+    def places(self, outs, ins):
+        """Where in the metadata the nibble of each group is: FlagGems' formula, commit cb2fbcb2b."""
+        r, g = torch.arange(outs)[:, None], torch.arange(ins // 4)[None]
+        return (
+            (r // 32 % 2) * 256 + g // 8 * 512 + r // 64 * (ins // 32 * 512) + r % 8 * 16
+            + r % 32 // 8 % 2 + r % 32 // 16 * 128 + g % 4 * 4 + (g % 8 >= 4) * 2
+        )  # fmt: skip
+
+    def search(self, _compressed, _x, transpose_result):
+        assert transpose_result
+        return 7
+
+    def multiply(self, compressed, x, bias=None, transpose_result=False, alg_id=0):
+        assert transpose_result
+        assert alg_id == 7
+        assert x.shape[1] % 8 == 0
+        self.multiplied += 1
+        outs, ins = compressed.shape[0], compressed.shape[1] * 16 // 9
+        flat = compressed.reshape(-1)
+        words = flat[outs * ins // 2 :].view(torch.int16).int()
+        nibbles = ((words[:, None] >> torch.tensor([0, 4, 8, 12])) & 15).view(-1)
+        index = nibbles[self.places(outs, ins) ^ self.xor].long()
+        columns = torch.stack([index & 3, index >> 2], -1) + torch.arange(0, ins, 4)[:, None]
+        dense = torch.zeros(outs, ins, dtype=x.dtype)
+        values = flat[: outs * ins // 2]
+        values = values if self.values_in_rows else values.flip(0)
+        dense.scatter_(1, columns.view(outs, -1), values.view(outs, -1))
+        return torch.nn.functional.linear(x.t(), dense, bias) + self.off_by
+
+
+@pytest.fixture
+def library(monkeypatch):
+    library, seconds = Library(), iter([1.0, 2.0])
+    monkeypatch.setattr(cusparselt, "_available", lambda _: True)
+    monkeypatch.setattr(cusparselt, "_seconds", lambda _: next(seconds))
+    monkeypatch.setattr(torch, "_cslt_compress", library.compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", library.multiply)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", library.search)
+    yield library
+    cusparselt.algorithm.cache_clear()
+    cusparselt._knows_order.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """As few rows as are enough to tell prefill from decode: the interpreter is slow."""
+    monkeypatch.setattr(cusparselt, "LEAST_ROWS", 72)
+
+
+def algorithm(outs=128, ins=96):
+    return cusparselt.algorithm(outs, ins, torch.bfloat16, torch.device("cpu"))
+
+
+def test_our_metadata_kernel_writes_the_order_of_sm_90():
+    mask = best(torch.rand(192, 160))
+    metadata = torch.zeros(192 * 160 // 32, dtype=torch.int32)
+    cusparselt._write_sm90(metadata, pack(encode(mask)))
+    compressed = Library().compress(mask.bfloat16()).view(-1)
+    assert torch.equal(metadata, compressed[mask.numel() // 2 :].view(torch.int32))
+
+
+@pytest.mark.parametrize("xor", [0, 1])
+def test_prefill_of_one_mask_uses_the_sparse_tensor_cores_of_any_gpu(library, xor):
+    library.xor = xor
+    layer, bias = Layer(64, 32, count=1), torch.randn(64, dtype=torch.bfloat16)
+    library.multiplied = 0
+    for rows, used in ((71, 0), (72, 1), (75, 2)):
+        layer.check(torch.randn(rows, 32, dtype=torch.bfloat16), [0] * rows, bias, present=(0,))
+        assert library.multiplied == used
+    layer.check(torch.randn(9, 32, dtype=torch.bfloat16), mixed(9, 1))
+
+
+@pytest.mark.usefixtures("library")
+def test_a_swap_reaches_prefill_and_decode_alike():
+    layer = Layer(64, 32, count=1)
+    layer.masks[0] = best(torch.rand(64, 32))
+    gpu.fill(layer.slots, 0, layer.weight, pack(encode(layer.masks[0])))
+    for rows in (1, 72):
+        layer.check(torch.randn(rows, 32, dtype=torch.bfloat16), [0] * rows, present=(0,))
+
+
+def test_dense_is_used_where_sparse_is_wrong(library):
+    library.off_by = torch.nan
+    assert algorithm() is None
+
+
+def test_dense_is_used_where_the_library_stores_values_in_another_order(library):
+    library.values_in_rows = False
+    assert algorithm() is None
+
+
+@pytest.mark.usefixtures("library")
+def test_dense_is_used_where_sparse_is_slower(monkeypatch):
+    seconds = iter([2.0, 1.0])
+    monkeypatch.setattr(cusparselt, "_seconds", lambda _: next(seconds))
+    assert algorithm() is None
+
+
+def test_dense_is_used_where_the_library_does_not_know_the_gpu(library, monkeypatch):
+    def compress(_dense):
+        raise RuntimeError("CUDA error: architecture mismatch when calling `cusparseLtInit(&handle)`")
+
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
+    assert algorithm() is None
+    assert library.multiplied == 0
+
+
+@pytest.mark.usefixtures("library")
+def test_dense_is_used_where_the_shape_does_not_fit():
+    assert algorithm() == 7
+    assert algorithm(outs=96) is None
+    assert algorithm(ins=172) is None
+
+
+def test_the_kernels_are_interpreted_here():
+    assert type(kernels.linear_kernel).__name__ == "InterpretedFunction"

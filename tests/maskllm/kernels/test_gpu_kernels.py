@@ -1,0 +1,173 @@
+"""The GPU's kernels: what they compute (interpreted), what they compile to, and on a GPU both at once."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskllm.core.patterns import best, encode, pack
+from maskllm.kernels import DENSE, gpu, masked_linear
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from maskllm.kernels import triton_kernels as kernels  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fusion(monkeypatch):
+    """Triton 3.9 warns where this is not set."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def test_the_kernels_keep_their_promises_under_the_interpreter():
+    """In a process of its own: a kernel is interpreted for good if the variable is set on import."""
+    promises = Path(__file__).with_name("interpreted.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(promises)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+
+
+LINEAR = {
+    "x": "*i64", "weight": "*i64", "values": "*i32", "indices": "*u8", "row_slots": "*i32", "bias": "*bf16",
+    "out": "*bf16", "rows": "i32", "outs": "i32", "groups": "i32", "x_stride": "i32", "value_stride": "i32",
+    "index_stride": "i32", "count": "i32", "SLOTS": 16, "FP32": False,
+}  # fmt: skip
+ROWS_OF_SLOT = {
+    "x": "*bf16", "weight": "*bf16", "row_slots": "*i32", "slot": "i32", "bias": "*bf16", "out": "*bf16",
+    "rows": "i32", "outs": "i32", "ins": "i32", "x_stride": "i32", "FP32": False,
+}  # fmt: skip
+FILL = {
+    "weight": "*i64", "packed": "*u8", "values": "*i32", "indices": "*u8",
+    "groups": "i32", "row_bytes": "i32",
+}  # fmt: skip
+EXPAND = {"values": "*i32", "indices": "*u8", "used": "*u1", "out": "*i64", "groups": "i32"}
+METADATA = {"packed": "*u8", "metadata": "*i16", "groups": "i32", "row_bytes": "i32", "words": "i32"}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("kernel", "arguments", "options"),
+    [
+        ("linear_kernel", LINEAR | gpu.FEW_TILE, {}),
+        ("linear_kernel", LINEAR | gpu.SOME_TILE, {}),
+        ("rows_of_slot_kernel", ROWS_OF_SLOT | gpu.MANY_TILE, gpu.MANY_OPTIONS),
+        ("fill_kernel", FILL | {"GROUPS": 1024}, {}),
+        ("expand_kernel", EXPAND | {"GROUPS": 1024}, {}),
+        ("metadata_kernel", METADATA | {"WORDS": 512}, {}),
+    ],
+)
+def test_each_kernel_compiles_for_each_gpu_without_spills(capability, kernel, arguments, options, tmp_path):
+    """As it is launched for a bf16 weight of LLaMA-2 7B; those that multiply use the tensor cores."""
+    compiled = compile_for(capability, getattr(kernels, kernel), arguments, options)
+    cubin = tmp_path / "cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    report = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    print(f"{kernel} sm_{capability}: {report.split('Function ')[-1]}")
+    assert "STACK:0" in report
+    assert "LOCAL:0" in report
+    assert compiled.metadata.shared <= 99 * 1024
+    multiplies = re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", compiled.asm["ptx"])
+    assert bool(multiplies) == (kernel in ("linear_kernel", "rows_of_slot_kernel"))
+    if kernel == "linear_kernel":  # loads run ahead of the products
+        assert "cp.async" in compiled.asm["ptx"]
+    if kernel == "fill_kernel":  # whole groups, two at a time; no single weights
+        assert re.search(r"ld\.global\S*\.v2\.b64", compiled.asm["ptx"])
+        assert not re.search(r"ld\.global\S*\.b16", compiled.asm["ptx"])
+
+
+def compile_for(capability, kernel, arguments, options):
+    """Compile a kernel; every pointer and size is a multiple of 16 but those not specialized on it."""
+    names = kernel.arg_names
+    constants = {(names.index(n),): v for n, v in arguments.items() if not isinstance(v, str)}
+    signature = {n: arguments[n] if isinstance(arguments[n], str) else "constexpr" for n in names}
+    free = {"rows", "count", "slot", "used", "row_bytes"}
+    multiples = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if (i,) not in constants and n not in free
+    }
+    source = ASTSource(kernel, signature, constants, multiples)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def test_without_a_gpu_the_reason_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.why_not() == "torch sees no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert gpu.why_not() == "Tesla T4 has compute capability 7.5; 8.0 (A100) or newer is needed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert gpu.why_not() is None
+    monkeypatch.setattr(gpu, "find_spec", lambda _: None)
+    assert gpu.why_not() == "triton is not installed"
+
+
+# On a GPU.
+
+
+def layer(outs, ins, dtype, count=4):
+    """A weight, `count` masks and their slots, on the GPU."""
+    weight = torch.randn(outs, ins, dtype=dtype, device="cuda")
+    masks = torch.stack([best(torch.rand(outs, ins)) for _ in range(count)])
+    slots = gpu.allocate(weight, count, dtype)
+    for slot, mask in enumerate(masks):
+        gpu.fill(slots, slot, weight, pack(encode(mask)).pin_memory())
+    return weight, masks.cuda(), slots
+
+
+def check(got, x, weight, masks, row_slots, bias=None):
+    """Within the rounding of the result of the reference in float64."""
+    bias = None if bias is None else bias.double()
+    expected = masked_linear.masked_linear(x.double(), weight.double(), masks, row_slots, bias)
+    rtol = 2**-7 if x.dtype == torch.bfloat16 else 2**-10
+    torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outs", "ins"), [(512, 172), (40, 512), (1024, 2048)])
+def test_a_gpu_gives_what_the_reference_gives(outs, ins, dtype):
+    weight, masks, slots = layer(outs, ins, dtype)
+    bias = torch.randn(outs, dtype=dtype, device="cuda")
+    for rows in (1, 2, 15, 16, 17, 33, 64, 65, 128, 511, 1024, 2049):
+        x = torch.randn(rows, ins, dtype=dtype, device="cuda")
+        for low, high in ((-1, 4), (0, 4), (0, 2), (2, 3)):
+            row_slots = torch.randint(low, high, (rows,), dtype=torch.int32, device="cuda")
+            check(gpu.linear(x, weight, slots, row_slots, bias), x, weight, masks, row_slots, bias)
+        for slot in (DENSE, 3):
+            row_slots = torch.full((rows,), slot, dtype=torch.int32, device="cuda")
+            got = gpu.linear(x, weight, slots, row_slots, bias, present=(slot,))
+            check(got, x, weight, masks, row_slots, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 40, 100])
+def test_a_captured_graph_stays_right_when_masks_and_rows_change(rows):
+    weight, masks, slots = layer(512, 1024, torch.bfloat16)
+    x = torch.randn(rows, 1024, dtype=torch.bfloat16, device="cuda")
+    row_slots = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    gpu.linear(x, weight, slots, row_slots)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gpu.linear(x, weight, slots, row_slots)
+    for step in range(6):
+        masks[step % 4] = best(torch.rand(512, 1024, device="cuda"))
+        gpu.fill(slots, step % 4, weight, pack(encode(masks[step % 4])))
+        row_slots.copy_(torch.randint(-1, 1 + step % 4, (rows,), dtype=torch.int32))
+        x.normal_()
+        graph.replay()
+        check(out, x, weight, masks, row_slots)
