@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--quick", action="store_true", help="2 rounds of 4 steps, written nowhere")
     args = parser.parse_args()
+    # A stopped engine would outlive a benchmark that was ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if args.quick:
         args.rounds, args.steps = 2, 4
     with tempfile.TemporaryDirectory() as made:
@@ -128,8 +130,8 @@ def table(
                 rival = min(rivals, key=statistics.median)
                 times, least, most = ratio(rival, best[name, case])
                 yield Row(f"{case} | {name}, times", times, "x", wanted.must, wanted.aim, better="higher")
-                yield Row(f"{case} | least", least, "x")
-                yield Row(f"{case} | most", most, "x")
+                yield Row(f"{case} | {name}, least", least, "x")
+                yield Row(f"{case} | {name}, most", most, "x")
     for name in names:
         head = VOCABULARY * HIDDEN * (2 if CONTENDERS[name].dtype == "bfloat16" else 4)
         read = weights * CONTENDERS[name].bytes_a_weight + head
@@ -244,7 +246,10 @@ def running(name: str, folder: Path, threads: int) -> Iterator[Running]:
             yield Running(process, iter(answers))
         finally:
             os.killpg(process.pid, signal.SIGCONT)
-            process.communicate(timeout=60)
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 async def contend(name: str, folder: Path, answers: int) -> None:
