@@ -13,6 +13,7 @@ from typing import Any
 
 import vllm.envs as envs
 from fastapi import FastAPI
+from vllm.config import CompilationMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -149,6 +150,9 @@ async def start(settings: Settings, folder: Path, metrics: Metrics) -> AsyncIter
     try:
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if current_platform.is_cpu() and not args.enforce_eager:
+            # vLLM compiles no model with adapters on CPU. Ours can be: masks are inside an opaque operator.
+            config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
         llm = MaskedLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
         llm.metrics = metrics
         try:
@@ -180,13 +184,14 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         ours["kv-cache-memory-bytes"] = str(1 << 30)
     argv = [word for name, value in ours.items() for word in (f"--{name}", value)]
     parser = make_arg_parser(FlexibleArgumentParser(prog="maskllm serve"))
-    # The reference operator asks which slots a step uses, which a captured graph cannot.
-    args = parser.parse_args([*argv, "--enable-lora", "--enforce-eager", *settings.engine])
+    # On a GPU vLLM captures graphs, and the reference operator asks which slots a step uses.
+    eager = [] if current_platform.is_cpu() else ["--enforce-eager"]
+    args = parser.parse_args([*argv, "--enable-lora", *eager, *settings.engine])
     validate_parsed_serve_args(args)
     must = {
         "quantization": NAME,
         "worker_extension_cls": ours["worker-extension-cls"],
-        "enforce_eager": True,
+        **({} if current_platform.is_cpu() else {"enforce_eager": True}),
         "served_model_name": [settings.name],
         # One worker and one API process hold the masks' state yet.
         "tensor_parallel_size": 1,

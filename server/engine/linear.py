@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from maskllm.kernels import DENSE
 from maskllm.kernels.masked_linear import masked_linear
@@ -55,13 +56,27 @@ class MaskedLinearMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Keep the raw weight: on CPU vLLM would replace it by a packed copy."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if row_slots is None:
-            return functional.linear(x, layer.get_parameter("weight"), bias)
-        rows = x.reshape(-1, x.shape[-1])
-        if padding := rows.shape[0] - row_slots.shape[0]:
-            padded = functional.pad(row_slots, (0, padding), value=DENSE)
-        else:
-            padded = row_slots
-        out = masked_linear(rows, layer.get_parameter("weight"), layer.get_buffer("slots"), padded, bias)
-        return out.view(*x.shape[:-1], -1)
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.ops.maskllm.layer(x, layer.weight, layer.slots, bias)
+
+
+def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Tensor:
+    """One layer of a step: `masked_linear` for every row's slot, or plain where all rows are dense.
+
+    An operator of its own, as a compiled graph sees nothing of `row_slots`, which it would freeze.
+    """
+    if row_slots is None:
+        return functional.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    padding = rows.shape[0] - row_slots.shape[0]
+    padded = functional.pad(row_slots, (0, padding), value=DENSE) if padding else row_slots
+    return masked_linear(rows, weight, slots, padded, bias).view(*x.shape[:-1], -1)
+
+
+def _shape(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_library = torch.library.Library("maskllm", "FRAGMENT")  # type: ignore[no-untyped-call]
+# Not torch.library.custom_op, whose dispatch costs more than a small layer.
+direct_register_custom_op("layer", _layer, fake_impl=_shape, target_lib=_library)

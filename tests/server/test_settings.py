@@ -51,7 +51,6 @@ def test_a_value_that_has_lora_in_it_is_nobodys_business(tmp_path):
             "--served-model-name ['prod'] does not work with masks yet: use --name",
         ),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 does not work with masks yet"),
-        (["--no-enforce-eager"], "--enforce-eager False does not work with masks yet"),
     ],
 )
 def test_options_that_masks_cannot_keep_are_refused(tmp_path, options, message):
