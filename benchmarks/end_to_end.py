@@ -46,19 +46,23 @@ KV_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Contender:
-    """An engine: its dtype, what it reads of each masked weight in a step, and options of ours."""
+    """An engine: its dtype, and what it reads of each masked weight in a step."""
 
     dtype: str
     bytes_a_weight: float
-    ours: bool = False
-    options: tuple[str, ...] = ()
+    mask_dtype: str = ""
+    """Of ours; plain vLLM has none."""
+
+    @property
+    def ours(self) -> bool:
+        return bool(self.mask_dtype)
 
 
 CONTENDERS = {
     "plain bf16": Contender("bfloat16", 2),
     "plain fp32": Contender("float32", 4),
-    "bf16 slots": Contender("float32", 9 / 8, ours=True),
-    # "int8 slots": Contender("float32", 5 / 8, ours=True, options=("--mask-dtype", "int8")),
+    "bf16 slots": Contender("bfloat16", 9 / 8, "bfloat16"),
+    "int8 slots": Contender("bfloat16", 5 / 8, "int8"),
 }
 
 
@@ -303,7 +307,8 @@ async def ours(contender: Contender, folder: Path) -> AsyncIterator[tuple[Any, l
         host="127.0.0.1",
         port=port,
         slots=MASKS,
-        engine=[*options, *contender.options],
+        mask_dtype=contender.mask_dtype,
+        engine=[*options, *os.environ.get("E2E_OPTIONS", "").split()],
     )
     async with start(settings, folder / "base", Metrics()) as (engine, _):
         masks = Masks(settings.masks, settings.name, read_base(folder / "base"), engine)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskllm.kernels import DENSE
+
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 DENSE_ROWS = 16
 """More dense rows than this are torch's (cpu/api.cpp)."""
@@ -117,9 +119,15 @@ def linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Te
     if left == x.shape[0]:
         return functional.linear(x, weight.to(x.dtype), bias)
     if left:
-        rows = (row_slots < 0).nonzero().squeeze(1)
+        rows = (row_slots == DENSE).nonzero().squeeze(1)
         out[rows] = functional.linear(x[rows], weight.to(x.dtype), bias)
     return out
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (rows, in) times the weight (out, in) itself: our kernel for a few rows of bfloat16, else torch's."""
+    rows = torch.full((x.shape[0],), DENSE, dtype=torch.int32)
+    return linear(x, weight, torch.empty(0, 0, dtype=torch.bfloat16), rows, bias)
 
 
 def _threads(weight: Tensor) -> int:

@@ -121,7 +121,7 @@ def reference(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias:
 
 torch.library.define(
     "maskllm::masked_linear",
-    "(Tensor x, Tensor weight, Tensor slots, Tensor row_slots, Tensor? bias) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor slots, Tensor row_slots, Tensor? bias, int[]? present=None) -> Tensor",
 )
 torch.library.impl("maskllm::masked_linear", ["CPU", "CUDA"], _masked_linear)
 

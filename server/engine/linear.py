@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from maskllm.kernels import DENSE
+from maskllm.kernels import cpu
 from maskllm.kernels.masked_linear import masked_linear
 
 NAME = "maskllm"
@@ -20,6 +22,8 @@ row_slots: Tensor | None = None
 One value for the whole process, as one step runs at a time: the mask manager writes it between
 steps and every masked layer reads it.
 """
+present: list[int] = []
+"""The slots in `row_slots`."""
 
 
 class MaskConfig(QuantizationConfig):
@@ -44,7 +48,11 @@ class MaskConfig(QuantizationConfig):
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
-        return MaskedLinearMethod() if isinstance(layer, LinearBase) else None
+        if isinstance(layer, LinearBase):
+            return MaskedLinearMethod()
+        if isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and not cpu.why_not():
+            return DenseHeadMethod()
+        return None
 
 
 class MaskedLinearMethod(UnquantizedLinearMethod):
@@ -60,6 +68,16 @@ class MaskedLinearMethod(UnquantizedLinearMethod):
         return torch.ops.maskllm.layer(x, layer.weight, layer.slots, bias)
 
 
+class DenseHeadMethod(UnquantizedEmbeddingMethod):
+    """The head, which no mask covers, by our kernel: vLLM keeps a packed copy and is slower at a few rows."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Make no packed copy."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return cpu.dense(x, layer.get_parameter("weight"), bias)
+
+
 def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Tensor:
     """One layer of a step: `masked_linear` for every row's slot, or plain where all rows are dense.
 
@@ -69,8 +87,9 @@ def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Ten
         return functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     padding = rows.shape[0] - row_slots.shape[0]
-    padded = functional.pad(row_slots, (0, padding), value=DENSE) if padding else row_slots
-    return masked_linear(rows, weight, slots, padded, bias).view(*x.shape[:-1], -1)
+    # Rows past the step's own repeat its last slot, or they would add one to what a kernel reads.
+    padded = torch.cat([row_slots, row_slots[-1:].expand(padding)]) if padding else row_slots
+    return masked_linear(rows, weight, slots, padded, bias, present).view(*x.shape[:-1], -1)
 
 
 def _shape(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001

@@ -125,6 +125,7 @@ class MaskManager:
         if wanted or self.device.type == "cpu":  # where the kernels beat torch on a few dense rows, too
             slots = [self.resident.get(mask_id, DENSE) for mask_id in mapping.index_mapping]
             linear.row_slots = torch.tensor(slots, dtype=torch.int32, device=self.device)
+            linear.present = sorted(set(slots))
         else:
             linear.row_slots = None
 

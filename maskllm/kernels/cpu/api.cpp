@@ -182,6 +182,7 @@ constexpr int FUSED = -2;
 struct Panel {
     const Part* part;
     size_t first;  // in the order
+    int rows;      // of the batch; the inputs past them are zeros, as a wider panel beats two passes of the weight
     int inputs;
     uint8_t* data;
 };
@@ -216,16 +217,16 @@ struct Batch {
 };
 
 union Sums {
-    float f32[8 * ROWS];
-    int32_t int32[8 * ROWS];
+    float f32[16 * ROWS];
+    int32_t int32[16 * ROWS];
 };
 
 void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, Sums& sums) {
     const Shape& s = batch.shape;
     const bool fused = panel.part->slot == FUSED;
-    const uint8_t* masks[8];
+    const uint8_t* masks[4];
     for (int t = 0; fused && t < panel.inputs; t++)
-        masks[t] = batch.masks(batch.row_slots[batch.order[panel.first + t]], q, block);
+        masks[t] = batch.masks(batch.row_slots[batch.order[panel.first + std::min(t, panel.rows - 1)]], q, block);
     const uint16_t* weight = batch.weight + q * ROWS * batch.weight_stride + block * COLUMNS;
     const size_t columns = std::min(blocks * COLUMNS, s.columns - block * COLUMNS);
     size_t stride = batch.weight_stride;
@@ -236,7 +237,8 @@ void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t blo
         weight = last.data(), stride = columns;
     }
     const auto inputs = (const uint16_t*)panel.data + block * COLUMNS * panel.inputs;
-    kernels->dense_bf16(weight, stride, columns, fused ? masks : nullptr, inputs, panel.inputs, sums.f32);
+    kernels->dense_bf16(weight, stride, columns, fused ? masks : nullptr, s.quads * CHUNK * MASK_BYTES, inputs,
+                        panel.inputs, sums.f32);
 }
 
 // Some blocks of quad `q` times the same of a panel.
@@ -254,25 +256,51 @@ void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, si
         kernels->sparse_f32(masks, values, blocks, (const float*)inputs, panel.inputs, sums.f32);
 }
 
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
+
+template <class T>
+T load(const void* at) {
+    T value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+
+Halves to_bf16(Floats value) {
+    const Bits bits = (Bits)value, nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
+    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), Halves);
+}
+
 // Sums of quads to outputs: `sums[i * stride]` is quad `first + i`.
 void write(const Batch& batch, const Panel& panel, size_t first, size_t quads, const float* scales, const Sums* sums,
            size_t stride) {
     const bool int8 = batch.form(*panel.part) == LANES_INT8;
+    const size_t size = batch.x_type == F32 ? 4 : 2;
     const float* weights = int8 ? (const float*)(batch.slots + panel.part->slot * batch.slot_stride) : nullptr;
-    for (int t = 0; t < panel.inputs; t++) {
-        const size_t row = batch.order[panel.first + t] * batch.shape.outs;
+    for (int t = 0; t < panel.rows; t++) {
+        uint8_t* row = (uint8_t*)batch.y + batch.order[panel.first + t] * batch.shape.outs * size;
         for (size_t i = 0; i < quads; i++) {
-            const Sums& all = sums[i * stride];
             const size_t n = (first + i) * ROWS, present = std::min(ROWS, batch.shape.outs - n);
-            for (size_t r = 0; r < present; r++) {
-                float value = int8 ? float(all.int32[ROWS * t + r]) * (weights[n + r] * scales[panel.first + t])
-                                   : all.f32[ROWS * t + r];
-                if (batch.bias) value += batch.bias[n + r];
-                if (batch.x_type == F32)
-                    ((float*)batch.y)[row + n + r] = value;
-                else
-                    ((uint16_t*)batch.y)[row + n + r] = to_bf16(value);
+            Floats value;
+            if (int8)
+                value = __builtin_convertvector(load<Ints>(&sums[i * stride].int32[ROWS * t]), Floats) *
+                        (load<Floats>(weights + n) * scales[panel.first + t]);
+            else
+                value = load<Floats>(&sums[i * stride].f32[ROWS * t]);
+            if (batch.bias) {
+                Floats bias = {};
+                std::memcpy(&bias, batch.bias + n, 4 * present);
+                value += bias;
             }
+            const Halves halves = to_bf16(value);
+            const void* from = batch.x_type == F32 ? (const void*)&value : &halves;
+            if (present == ROWS)
+                std::memcpy(row + n * size, from, ROWS * size);
+            else
+                std::memcpy(row + n * size, from, present * size);
         }
     }
 }
@@ -287,17 +315,21 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
     for (size_t begin = 0, end; begin < panels.size(); begin = end) {
         const Part* part = panels[begin].part;
         for (end = begin; end < panels.size() && end - begin < PANELS_TOGETHER && panels[end].part == part;) end++;
-        // The dense weight has no chunks: the fewer inputs there are, the longer the rows that are read at once.
-        const size_t step = part->slot == -1 ? 2 * CHUNK * (4 / panels[begin].inputs) : CHUNK;
+        // The dense weight has no chunks: the fewer inputs there are, the longer the rows that are read at once. Masks
+        // of full chunks are apart by one stride, a last one that is not full stands alone.
+        const size_t step = part->slot < 0 ? 4 * CHUNK * (4 / panels[begin].inputs) : CHUNK;
+        const size_t full = part->slot == FUSED ? s.blocks / CHUNK * CHUNK : s.blocks;
         const size_t together = end - begin == 1 ? last_quad - first_quad : QUADS_TOGETHER, stride = end - begin;
         sums.resize(std::max(sums.size(), together * stride));
         for (size_t quad = first_quad; quad < last_quad; quad += together) {
             const size_t quads = std::min(together, last_quad - quad);
             std::memset(sums.data(), 0, quads * stride * sizeof(Sums));
-            for (size_t block = 0; block < s.blocks; block += step)
+            for (size_t block = 0, blocks; block < s.blocks; block += blocks) {
+                blocks = std::min(step, (block < full ? full : s.blocks) - block);
                 for (size_t p = begin; p < end; p++)
                     for (size_t q = 0; q < quads; q++)
-                        multiply(batch, panels[p], quad + q, block, std::min(step, s.blocks - block), sums[q * stride + p - begin]);
+                        multiply(batch, panels[p], quad + q, block, blocks, sums[q * stride + p - begin]);
+            }
             for (size_t p = begin; p < end; p++) write(batch, panels[p], quad, quads, scales, &sums[p - begin], stride);
         }
     }
@@ -315,11 +347,11 @@ void choose_form(Batch& batch) {
     while (begin > 0 && batch.parts[begin - 1].slot >= 0) {
         const Part& part = batch.parts[--begin];
         const double count = part.end - part.begin;
-        apart += std::max(2.9 + 0.15 * count, 0.65 * count);
+        apart += std::max(3.2, 0.55 * count);
         rows += part.end - part.begin;
     }
     const size_t masks = batch.parts.size() - begin;
-    const double once = std::max(10.5, 5.5 + 1.05 * rows) + 0.1 * masks;
+    const double once = std::max(9.5, 3 + 1.13 * rows + 0.5 * masks);
     if (masks > 1 && (form == 1 || (form < 0 && once < apart))) {
         batch.parts[begin] = {FUSED, batch.parts[begin].begin, batch.parts.back().end};
         batch.parts.resize(begin + 1);
@@ -329,27 +361,32 @@ void choose_form(Batch& batch) {
 void run(const Batch& batch, int threads) {
     const Shape& s = batch.shape;
     const size_t row_bytes = s.blocks * COLUMNS * 4;  // the most an input takes
-    uint8_t* memory = scratch<uint8_t>(batch.order.size() * (row_bytes + 4));
-    float* scales = (float*)(memory + batch.order.size() * row_bytes);
+    const size_t most = 2 * batch.order.size();  // inputs, zeros included
+    uint8_t* memory = scratch<uint8_t>(most * (row_bytes + 4));
+    float* scales = (float*)(memory + most * row_bytes);
     std::vector<Panel> panels;
     for (const Part& part : batch.parts) {
         const size_t widest = part.slot < 0 ? 4 : kernels->tile;
-        for (size_t first = part.begin; first < part.end; first += panels.back().inputs) {
+        for (size_t first = part.begin; first < part.end; first += panels.back().rows) {
             size_t inputs = widest;
-            while (inputs > part.end - first) inputs /= 2;
-            panels.push_back({&part, first, int(inputs), memory});
+            while (inputs / 2 >= part.end - first) inputs /= 2;
+            panels.push_back({&part, first, int(std::min(inputs, part.end - first)), int(inputs), memory});
             memory += inputs * s.blocks * COLUMNS * element_bytes(batch.form(part));
         }
     }
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (const Panel& panel : panels)
-            for (int t = 0; t < panel.inputs; t++) {
+        for (const Panel& panel : panels) {
+            const Form form = batch.form(*panel.part);
+            if (panel.rows < panel.inputs)
+                std::memset(panel.data, 0, panel.inputs * s.blocks * COLUMNS * element_bytes(form));
+            for (int t = 0; t < panel.rows; t++) {
                 const size_t at = panel.first + t, size = batch.x_type == F32 ? 4 : 2;
                 const void* x = (const uint8_t*)batch.x + batch.order[at] * batch.x_stride * size;
-                scales[at] = lay_out(x, batch.x_type, s, batch.form(*panel.part), panel.inputs, panel.data + 64 * t);
+                scales[at] = lay_out(x, batch.x_type, s, form, panel.inputs, panel.data + 64 * t);
             }
+        }
         const size_t thread = omp_get_thread_num(), count = omp_get_num_threads();
         multiply(batch, panels, s.quads * thread / count, s.quads * (thread + 1) / count, scales);
     }

@@ -14,7 +14,7 @@ struct Avx512 {
     struct Where {
         I first, second;
     };
-    static constexpr int WIDTH = 16, TILE = 8;
+    static constexpr int WIDTH = 16, TILE = 16;
     static constexpr bool UNSIGNED = true;  // vpdpbusd multiplies unsigned by signed bytes
 
     static F zero() { return _mm512_setzero_ps(); }
@@ -88,7 +88,7 @@ inline void sparse_bf16_tile(const uint8_t* masks, const uint8_t* values, size_t
             const __m512i v1 = _mm512_loadu_si512(values + 128 * jj + 64);
             const __m512i w0 = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, 8 * jj), even);
             const __m512i w1 = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, 8 * jj + 4), odd);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int t = 0; t < T; t++) {
                 __m512i inputs = _mm512_loadu_si512(panel + 32 * (jj * T + t));
                 asm("" : "+v"(inputs));  // or gcc loads it twice
@@ -107,14 +107,15 @@ void sparse_bf16(const uint8_t* masks, const uint8_t* values, size_t blocks, con
         case 1: return sparse_bf16_tile<1>(masks, values, blocks, panel, out);
         case 2: return sparse_bf16_tile<2>(masks, values, blocks, panel, out);
         case 4: return sparse_bf16_tile<4>(masks, values, blocks, panel, out);
-        default: return sparse_bf16_tile<8>(masks, values, blocks, panel, out);
+        case 8: return sparse_bf16_tile<8>(masks, values, blocks, panel, out);
+        default: return sparse_bf16_tile<16>(masks, values, blocks, panel, out);
     }
 }
 
 // Four dense rows with T inputs, each under its own mask or none.
 template <int T, bool MASKED>
 inline void dense_bf16_tile(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
-                            const uint16_t* panel, float* out) {
+                            size_t mask_stride, const uint16_t* panel, float* out) {
     __m512 sum[4][T];
     for (auto& sums : sum)
         for (auto& s : sums) s = _mm512_setzero_ps();
@@ -122,8 +123,9 @@ inline void dense_bf16_tile(const uint16_t* weight, size_t weight_stride, size_t
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
             __m512bh inputs = (__m512bh)_mm512_loadu_si512(panel + T * c + 32 * t);
-            const uint8_t* mask = MASKED ? masks[t] + c / 2 : nullptr;
-            if (MASKED && c % COLUMNS == 0) __builtin_prefetch(mask + CHUNK * MASK_BYTES);
+            constexpr size_t chunk = CHUNK * COLUMNS;
+            const uint8_t* mask = MASKED ? masks[t] + c / chunk * mask_stride + c % chunk / 2 : nullptr;
+            if (MASKED && c % COLUMNS == 0) __builtin_prefetch(mask + CHUNK * MASK_BYTES);  // the next quad's
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
                 __m512i kept = w[r];
@@ -160,17 +162,18 @@ inline void dense_bf16_tile(const uint16_t* weight, size_t weight_stride, size_t
 
 template <bool MASKED>
 void dense_bf16_panel(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
-                      const uint16_t* panel, int inputs, float* out) {
+                      size_t mask_stride, const uint16_t* panel, int inputs, float* out) {
     switch (inputs) {
-        case 1: return dense_bf16_tile<1, MASKED>(weight, weight_stride, columns, masks, panel, out);
-        case 2: return dense_bf16_tile<2, MASKED>(weight, weight_stride, columns, masks, panel, out);
-        default: return dense_bf16_tile<4, MASKED>(weight, weight_stride, columns, masks, panel, out);
+        case 1: return dense_bf16_tile<1, MASKED>(weight, weight_stride, columns, masks, mask_stride, panel, out);
+        case 2: return dense_bf16_tile<2, MASKED>(weight, weight_stride, columns, masks, mask_stride, panel, out);
+        default: return dense_bf16_tile<4, MASKED>(weight, weight_stride, columns, masks, mask_stride, panel, out);
     }
 }
 
 void dense_bf16(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
-                const uint16_t* panel, int inputs, float* out) {
-    (masks ? dense_bf16_panel<true> : dense_bf16_panel<false>)(weight, weight_stride, columns, masks, panel, inputs, out);
+                size_t mask_stride, const uint16_t* panel, int inputs, float* out) {
+    (masks ? dense_bf16_panel<true> : dense_bf16_panel<false>)(weight, weight_stride, columns, masks, mask_stride, panel,
+                                                               inputs, out);
 }
 
 // The 32 columns of lane l keep 16 values: group j's pair is dword j, and goes to vector j.

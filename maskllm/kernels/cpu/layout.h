@@ -24,7 +24,7 @@
 
 namespace maskllm {
 
-constexpr size_t ROWS = 4, COLUMNS = 128, CHUNK = 8, MASK_BYTES = 64;
+constexpr size_t ROWS = 4, COLUMNS = 128, CHUNK = 4, MASK_BYTES = 64;
 constexpr size_t BF16_BYTES = 512, INT8_BYTES = 256;  // the values of a block
 constexpr size_t PREFETCH = 2304;  // bytes ahead: worth 1.3x out of cache
 
@@ -58,9 +58,9 @@ struct Kernels {
     void (*sparse_int8)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out);
     bool int8_is_unsigned;
     // Four rows of the dense weight and a panel of 1, 2 or 4 inputs in natural order; masks[input] has the mask bits
-    // of an input, where it has a mask: the form that reads the weight once for many masks.
+    // of an input in the first chunk, where it has a mask: the form that reads the weight once for many masks.
     void (*dense_bf16)(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
-                       const uint16_t* panel, int inputs, float* out);
+                       size_t mask_stride, const uint16_t* panel, int inputs, float* out);
     // Four rows of 128 dense columns and their mask bits -> the values of a block.
     void (*fill_bf16)(const uint16_t* weight, size_t weight_stride, const uint8_t* mask, uint8_t* values);
     void (*fill_int8)(const uint16_t* weight, size_t weight_stride, const float* inverse_scales, const uint8_t* mask, uint8_t* values);

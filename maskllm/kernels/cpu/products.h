@@ -31,7 +31,7 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
                 auto pairs = V::load(values + 64 * j + 4 * W * p);
                 auto first = V::low_bf16(pairs), second = V::high_bf16(pairs);
                 auto where = V::select(mask[p], 4 * j);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     auto inputs = V::load_f32(panel + 16 * (j * T + t) + W * p);
                     sum[0][t] = V::fma(first, V::permute(inputs, where.first), sum[0][t]);
@@ -49,6 +49,7 @@ void sparse_f32(const uint8_t* masks, const uint8_t* values, size_t blocks, cons
         case 1: return sparse_f32_tile<V, 1>(masks, values, blocks, panel, out);
         case 2: return sparse_f32_tile<V, 2>(masks, values, blocks, panel, out);
         case 4: return sparse_f32_tile<V, 4>(masks, values, blocks, panel, out);
+        case 8: return sparse_f32_tile<V, V::TILE < 8 ? V::TILE : 8>(masks, values, blocks, panel, out);
         default: return sparse_f32_tile<V, V::TILE>(masks, values, blocks, panel, out);
     }
 }
@@ -72,7 +73,7 @@ inline void sparse_int8_tile(const uint8_t* masks, const uint8_t* values, size_t
                 auto kept = V::load(values + 64 * j + 4 * W * p);
                 auto where = V::select_bytes(mask[p], 8 * j, j % 2);
                 if (V::UNSIGNED) weights = V::dot(weights, V::ones(), kept);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     auto inputs = V::load(panel + 64 * (j / 2 * T + t) + 4 * W * p);
                     sum[j % SUMS][t] = V::dot(sum[j % SUMS][t], V::permute_bytes(inputs, where), kept);
@@ -91,6 +92,7 @@ void sparse_int8(const uint8_t* masks, const uint8_t* values, size_t blocks, con
         case 1: return sparse_int8_tile<V, 1>(masks, values, blocks, panel, out);
         case 2: return sparse_int8_tile<V, 2>(masks, values, blocks, panel, out);
         case 4: return sparse_int8_tile<V, 4>(masks, values, blocks, panel, out);
+        case 8: return sparse_int8_tile<V, V::TILE < 8 ? V::TILE : 8>(masks, values, blocks, panel, out);
         default: return sparse_int8_tile<V, V::TILE>(masks, values, blocks, panel, out);
     }
 }
