@@ -19,7 +19,7 @@ from maskllm.kernels import DENSE
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 DENSE_ROWS = 16
 """More dense rows than this are torch's (cpu/api.cpp)."""
-LARGE = 1 << 20
+LARGE = 1 << 18
 """Below this many weights a second thread costs more than it does."""
 
 
