@@ -110,7 +110,8 @@ def main() -> None:
         print("\n".join(f"{row.name}: {row.value:.4g}" for row in rows))
     else:
         note = (
-            f"Random Llama of {weights / 1e6:.0f} M masked weights, medians of {args.rounds} rounds. Times: "
+            f"Random Llama of {weights / 1e6:.0f} M masked weights, medians of {args.rounds} rounds, threads "
+            f"{args.threads}. Times: "
             "against the better plain vLLM, 8 masks against one. Ceiling: the weights of a step read once "
             f"at {gb_s:.1f} GB/s"
         )
@@ -308,7 +309,7 @@ async def ours(contender: Contender, folder: Path) -> AsyncIterator[tuple[Any, l
         port=port,
         slots=MASKS,
         mask_dtype=contender.mask_dtype,
-        engine=[*options, *os.environ.get("E2E_OPTIONS", "").split()],
+        engine=options,
     )
     async with start(settings, folder / "base", Metrics()) as (engine, _):
         masks = Masks(settings.masks, settings.name, read_base(folder / "base"), engine)
