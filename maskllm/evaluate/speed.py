@@ -69,7 +69,7 @@ class Layer:
     def __post_init__(self) -> None:
         outs, inputs = self.shape
         self.calls = max(1, (1 << 22) // (outs * inputs))
-        self.count = max(2, -(-POOL_BYTES // (2 * outs * inputs)))
+        self.count = min(512, max(2, -(-POOL_BYTES // (2 * outs * inputs))))
         self.weights = [torch.randn(self.shape).bfloat16() for _ in range(self.count)]
         self.floats = [weight.float() for weight in self.weights[: max(2, self.count // 2)]]
         self.quantized = [_torch_int8(weight) for weight in self.floats]

@@ -23,6 +23,7 @@ from maskllm.core.patterns import best
 from maskllm.data import load_tokens, windows
 from maskllm.evaluate import protocols
 from maskllm.evaluate.perplexity import perplexity
+from maskllm.kernels import cpu
 from maskllm.models import load_base
 
 Run = Callable[..., tuple[int, str, str]]
@@ -330,6 +331,8 @@ def test_a_gpu_that_is_not_there_is_said_so(base_folder: Path, text: Path, run: 
             "--optimizer adamw8bit goes with --parallel ddp only",
         ),
         ("verify", "the following arguments are required: FILE"),
+        ("inspect", "give a mask file or --kernels"),
+        ("inspect mask.safetensors --kernels", "give a mask file or --kernels"),
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(command: str, message: str, run: Run) -> None:
@@ -372,6 +375,28 @@ def test_the_example_in_the_help_runs_as_printed(
     code, out, err = run(*shlex.split(example[1].replace("\\\n", "")), "--json")
     assert code == 0, err
     assert json.loads(out)
+
+
+def test_inspect_says_with_which_kernels_masks_would_run_and_why(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASKLLM_BACKEND", "reference")
+    code, out, _ = run("inspect", "--kernels", "--json")
+    assert code == 0
+    assert json.loads(out)["cpu"] == "reference: MASKLLM_BACKEND=reference"
+    monkeypatch.setenv("MASKLLM_BACKEND", "abacus")
+    code, _, err = run("inspect", "--kernels")
+    assert code == 1
+    assert "MASKLLM_BACKEND=abacus is not on this machine, which has reference" in err
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+def test_bench_measures_every_contender_and_prints_milliseconds(run: Run) -> None:
+    code, out, err = run("bench", "swap", "--shape", "256", "512", "--rounds", "3", "--json")
+    assert code == 0, err
+    times = json.loads(out)[""]
+    assert list(times) == ["memcpy of the dense weight", "swap bf16", "swap int8"]
+    assert all(0 < time["low"] <= time["ms"] <= time["high"] for time in times.values())
 
 
 def test_help_is_quick_because_torch_is_not_imported() -> None:
