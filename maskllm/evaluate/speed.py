@@ -108,7 +108,7 @@ class Layer:
             "2:4 bf16": ours(self.bf16, half, masked, 0),
             "2:4 bf16, fp32 inputs": ours(self.bf16, x, masked, 0.5),
             "2:4 int8": ours(self.int8, half, masked, 0),
-        } | ({"ours, dense bf16": ours(self.bf16, half, dense, 0.5)} if rows <= cpu.DENSE_ROWS else {})
+        } | ({"ours, dense bf16": ours(self.bf16, half, dense, 0.5)} if rows <= cpu.dense_rows() else {})
 
     def swap(self) -> dict[str, Callable[[int], object]]:
         """Writing a mask into a slot, against copying the dense weight."""

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskllm.core.patterns import row_bytes
 from maskllm.kernels import DENSE
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-DENSE_ROWS = 16
-"""More dense rows than this are torch's (cpu/api.cpp)."""
 LARGE = 1 << 18
 """Below this many weights a second thread costs more than it does."""
 
@@ -26,7 +25,7 @@ LARGE = 1 << 18
 def why_not() -> str | None:
     """Why these kernels cannot run here, None if they can."""
     if not _library():
-        return "the C++ kernels were not built: install the package with a C++ compiler"
+        return "the C++ kernels were not built: install the package where there is g++"
     return None
 
 
@@ -46,6 +45,12 @@ def use(name: str) -> None:
     _library().maskllm_use(name.encode())
 
 
+def dense_rows() -> int:
+    """More dense rows than this are torch's."""
+    rows: int = _library().maskllm_dense_rows()
+    return rows
+
+
 def force_form(form: int) -> None:
     """How rows with different masks share a step, for tests and benchmarks.
 
@@ -63,20 +68,23 @@ def read(memory: Tensor) -> None:
 def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Empty slots (count, values) for a weight (out, in); `dtype` bfloat16 or int8.
 
-    9 bits a weight as bfloat16; as int8 5, and a scale for each row: its largest dense weight over 127, so
-    that no mask changes it. Rows and columns are padded to 4 and 128. Memory is used as slots are filled.
+    9 bits a weight as bfloat16; as int8 5, and a scale for each row: its largest finite dense weight over
+    127, so that no mask changes it. Rows are padded to 4, columns to 128. Memory is used as slots are filled.
     """
     slot_bytes = _library().maskllm_slot_bytes(*weight.shape, TYPES[dtype])
     slots = torch.empty(count, slot_bytes // dtype.itemsize, dtype=dtype)
     _library().maskllm_advise(slots.data_ptr(), slots.nbytes)
     if dtype == torch.int8:
-        scales = weight.abs().amax(1).float() / 127
+        scales = weight.where(weight.isfinite(), 0).abs().amax(1).float() / 127
         slots[:, : 4 * len(scales)].copy_(scales.view(torch.int8))
     return slots
 
 
 def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     """Write the mask `packed` (out, bytes) uint8 of a weight (out, in) into a slot."""
+    if packed.shape != (weight.shape[0], row_bytes(weight.shape[1] // 4)):
+        raise ValueError(f"packed {tuple(packed.shape)} is no 2:4 mask of a weight {tuple(weight.shape)}")
+    _contiguous(weight)
     weight = weight if weight.dtype in TYPES else weight.float()
     packed = packed.contiguous()
     _library().maskllm_fill(
@@ -95,8 +103,10 @@ def linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Te
     """The operator; see `masked_linear`. Dense rows that torch does better are torch's."""
     if x.dtype not in TYPES:  # float16
         offset = bias.float() if bias is not None else None
-        return linear(x.float(), weight.float(), slots, row_slots, offset).to(x.dtype)
+        return linear(x.float(), weight, slots, row_slots, offset).to(x.dtype)
+    _contiguous(weight)
     x = x if x.stride(-1) == 1 else x.contiguous()
+    row_slots = row_slots.to(torch.int32).contiguous()  # as they are, as a rule
     out = x.new_empty(x.shape[0], weight.shape[0])
     offset = bias.float() if bias is not None else None
     left = _library().maskllm_multiply(
@@ -109,6 +119,7 @@ def linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Te
         TYPES.get(weight.dtype, -1),
         weight.stride(0),
         slots.data_ptr(),
+        slots.shape[0],
         slots.stride(0) * slots.itemsize,
         TYPES[slots.dtype],
         *weight.shape,
@@ -116,6 +127,8 @@ def linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Te
         out.data_ptr(),
         _threads(weight),
     )
+    if left < 0:
+        raise ValueError(f"rows use slots {sorted(set(row_slots.tolist()))}, and there are {slots.shape[0]}")
     if left == x.shape[0]:
         return functional.linear(x, weight.to(x.dtype), bias)
     if left:
@@ -128,6 +141,11 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (rows, in) times the weight (out, in) itself: our kernel for a few rows of bfloat16, else torch's."""
     rows = torch.full((x.shape[0],), DENSE, dtype=torch.int32)
     return linear(x, weight, torch.empty(0, 0, dtype=torch.bfloat16), rows, bias)
+
+
+def _contiguous(weight: Tensor) -> None:
+    if weight.stride(1) != 1:
+        raise ValueError(f"the weight's rows are not contiguous: strides {weight.stride()}")
 
 
 def _threads(weight: Tensor) -> int:
@@ -147,6 +165,7 @@ def _library() -> Any:
         "using": (text, []),
         "use": (None, [text]),
         "force_form": (None, [integer]),
+        "dense_rows": (integer, []),
         "read": (long, [pointer, long, integer]),
         "slot_bytes": (long, [long, long, integer]),
         "advise": (None, [pointer, long]),
@@ -156,7 +175,7 @@ def _library() -> Any:
             [
                 *(pointer, integer, long, long, pointer),  # x, and the slot of each row
                 *(pointer, integer, long),  # weight
-                *(pointer, long, integer),  # slots
+                *(pointer, long, long, integer),  # slots
                 *(long, long, pointer, pointer, integer),
             ],
         ),

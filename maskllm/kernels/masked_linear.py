@@ -39,6 +39,11 @@ def backend(device: torch.device) -> ModuleType | None:
     return None if module.why_not() else module
 
 
+def bf16_on_cpu() -> bool:
+    """Whether the CPU's kernels multiply bfloat16 inputs as they are."""
+    return backend(torch.device("cpu")) is cpu and cpu.using() == "avx512-bf16"
+
+
 def chosen() -> dict[str, str]:
     """Which kernels run here, for people: by device, what is used or why nothing is, and what could be."""
     use = {}

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import sysconfig
 import time
 from argparse import Namespace
 from collections import Counter
@@ -32,7 +33,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from maskllm.kernels import cpu
+from maskllm.kernels.masked_linear import bf16_on_cpu
 from server.engine.linear import NAME
 from server.engine.plugin import register
 from server.masks import DENSE, Mask
@@ -156,11 +157,11 @@ async def start(settings: Settings, folder: Path, metrics: Metrics) -> AsyncIter
     try:
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        if current_platform.is_cpu():
+        if current_platform.is_cpu() and args.distributed_executor_backend is None:
             # One process schedules and computes. vLLM would make it two, and the scheduler, which spins while
             # it waits for the other, takes a core from its threads: 52 -> 44 ms at batch 16 on two cores.
             config.parallel_config.distributed_executor_backend = UniProcExecutor
-        if current_platform.is_cpu() and not args.enforce_eager:
+        if current_platform.is_cpu() and not args.enforce_eager and args.compilation_config.mode is None:
             # vLLM compiles no model with adapters on CPU. Ours can be: masks are inside an opaque operator.
             config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
         llm = MaskedLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
@@ -189,17 +190,18 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         "additional-config": json.dumps({"mask_dtype": settings.mask_dtype}),
     }
     if current_platform.is_cpu():
-        # Without instructions for it bf16 halves the speed.
-        ours["dtype"] = "bfloat16" if "avx512-bf16" in cpu.available() else "float32"
+        # Never less than the checkpoint's; and without instructions for it bf16 halves the speed.
+        ours["dtype"] = "bfloat16" if bf16_on_cpu() and _is_bf16(folder) else "float32"
         # vLLM's own default is 92 % of the machine's memory, and no start where that is not free.
         ours["kv-cache-memory-bytes"] = str(1 << 30)
     argv = [word for name, value in ours.items() for word in (f"--{name}", value)]
     parser = make_arg_parser(FlexibleArgumentParser(prog="maskllm serve"))
     # Models are compiled where they can be: 34 -> 23 ms for a step of a 300 M model. On a GPU vLLM would
     # capture graphs, too, and the reference operator asks which slots a step uses.
-    compiled = current_platform.is_cpu() and shutil.which(os.environ.get("CXX", "g++"))
+    compiler = shutil.which(os.environ.get("CXX", "g++")) and _has_python_headers()
+    compiled = current_platform.is_cpu() and compiler
     if not compiled:
-        why = "there is no C++ compiler" if current_platform.is_cpu() else "it is on a GPU"
+        why = "g++ or Python.h is missing" if current_platform.is_cpu() else "it is on a GPU"
         logger.info("the model is not compiled, as %s", why)
     eager = [] if compiled else ["--enforce-eager"]
     args = parser.parse_args([*argv, "--enable-lora", *eager, *settings.engine])
@@ -220,6 +222,17 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
             hint = "use --name" if option == "served_model_name" else "leave the option out"
             raise BadOptions(f"--{option.replace('_', '-')} {given} does not work with masks yet: {hint}")
     return args
+
+
+def _is_bf16(folder: Path) -> bool:
+    """Whether the checkpoint says that it is bfloat16."""
+    config = json.loads((folder / "config.json").read_text())
+    return "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
+
+
+def _has_python_headers() -> bool:
+    """What PyTorch compiles includes them."""
+    return (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
 def _finished(mask: str, begin: float, last: RequestOutput | None, tokens: int) -> Finished:

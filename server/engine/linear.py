@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from maskllm.kernels import cpu
-from maskllm.kernels.masked_linear import masked_linear
+from maskllm.kernels.masked_linear import bf16_on_cpu, masked_linear
 
 NAME = "maskllm"
 
@@ -50,7 +50,7 @@ class MaskConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
         if isinstance(layer, LinearBase):
             return MaskedLinearMethod()
-        if isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and not cpu.why_not():
+        if isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and bf16_on_cpu():
             return DenseHeadMethod()
         return None
 
@@ -83,9 +83,9 @@ def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Ten
 
     An operator of its own, as a compiled graph sees nothing of `row_slots`, which it would freeze.
     """
-    if row_slots is None:
-        return functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
+    if row_slots is None or rows.shape[0] < row_slots.shape[0]:  # or these are not the step's tokens
+        return functional.linear(x, weight, bias)
     padding = rows.shape[0] - row_slots.shape[0]
     # Rows past the step's own repeat its last slot, or they would add one to what a kernel reads.
     padded = torch.cat([row_slots, row_slots[-1:].expand(padding)]) if padding else row_slots

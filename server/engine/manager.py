@@ -67,6 +67,13 @@ class MaskManager:
                 # 2:4 takes whole groups; a layer that has none is never masked by it.
                 dtype = torch.bool if columns % 4 else self.mask_dtype
                 layer.register_buffer("slots", allocate(weight, self.slots, dtype), persistent=False)
+        slow = sum(layer.get_buffer("slots").dtype == torch.bool for layer in self.layers.values())
+        if slow:
+            logger.warning(
+                "%d of %d layers are masked without kernels: there are none here, or bfloat16 does not hold "
+                "the weights exactly (--mask-dtype bfloat16 rounds them)",
+                *(slow, len(self.layers)),
+            )
         return model
 
     def add_adapter(self, request: LoRARequest) -> bool:

@@ -93,12 +93,14 @@ size_t place(const Shape& s, size_t quad, size_t block) {
     return chunk * s.quads + quad * std::min(CHUNK, s.blocks - chunk) + block - chunk;
 }
 
-// Memory that is kept from call to call.
-template <class T>
-T* scratch(size_t count) {
+// Memory that is kept from call to call, on a cache line.
+uint8_t* scratch(size_t bytes) {
     static thread_local std::vector<uint8_t> memory;
-    if (memory.size() < count * sizeof(T) + 64) memory.resize(count * sizeof(T) + 64);
-    return (T*)(((uintptr_t)memory.data() + 63) / 64 * 64);
+    if (memory.size() < bytes + 64) {
+        memory.clear();  // or it would be copied
+        memory.resize(bytes + 64);
+    }
+    return (uint8_t*)(((uintptr_t)memory.data() + 63) / 64 * 64);
 }
 
 // ---- Inputs
@@ -184,7 +186,8 @@ struct Panel {
     size_t first;  // in the order
     int rows;      // of the batch; the inputs past them are zeros, as a wider panel beats two passes of the weight
     int inputs;
-    uint8_t* data;
+    size_t offset;
+    uint8_t* data = nullptr;
 };
 
 struct Batch {
@@ -360,20 +363,21 @@ void choose_form(Batch& batch) {
 
 void run(const Batch& batch, int threads) {
     const Shape& s = batch.shape;
-    const size_t row_bytes = s.blocks * COLUMNS * 4;  // the most an input takes
-    const size_t most = 2 * batch.order.size();  // inputs, zeros included
-    uint8_t* memory = scratch<uint8_t>(most * (row_bytes + 4));
-    float* scales = (float*)(memory + most * row_bytes);
     std::vector<Panel> panels;
+    size_t bytes = batch.order.size() * sizeof(float);  // the scales first
+    bytes = ceil_div(bytes, 64) * 64;
     for (const Part& part : batch.parts) {
         const size_t widest = part.slot < 0 ? 4 : kernels->tile;
         for (size_t first = part.begin; first < part.end; first += panels.back().rows) {
             size_t inputs = widest;
             while (inputs / 2 >= part.end - first) inputs /= 2;
-            panels.push_back({&part, first, int(std::min(inputs, part.end - first)), int(inputs), memory});
-            memory += inputs * s.blocks * COLUMNS * element_bytes(batch.form(part));
+            panels.push_back({&part, first, int(std::min(inputs, part.end - first)), int(inputs), bytes});
+            bytes += inputs * s.blocks * COLUMNS * element_bytes(batch.form(part));
         }
     }
+    uint8_t* memory = scratch(bytes);
+    float* scales = (float*)memory;
+    for (Panel& panel : panels) panel.data = memory + panel.offset;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -413,6 +417,8 @@ void maskllm_use(const char* name) {
         if (!std::strcmp(each->name, name)) kernels = each;
 }
 
+int maskllm_dense_rows() { return int(DENSE_ROWS); }
+
 void maskllm_force_form(int forced) { form = forced; }
 
 long maskllm_slot_bytes(long outs, long columns, int type) { return long(slot_bytes(Shape(outs, columns), type)); }
@@ -431,7 +437,7 @@ long maskllm_read(const uint64_t* memory, long count, int threads) {
 #pragma omp parallel for reduction(+ : sum) num_threads(threads)
     for (long i = 0; i < count; i += 8) {
         __builtin_prefetch(memory + i + PREFETCH / 8);
-        for (long k = i; k < i + 8; k++) sum += memory[k];
+        for (long k = i; k < std::min(i + 8, count); k++) sum += memory[k];
     }
     return long(sum);
 }
@@ -495,9 +501,11 @@ void maskllm_fill(uint8_t* slot, int slot_type, const void* weight, int weight_t
 
 // Multiply a batch x (rows, columns) by the slot of each row, -1 for dense, into y (rows, outs) of x's type. Returns
 // how many dense rows it leaves, which is all or none: torch does them better where there are many, or not bf16.
+// -1, and nothing done, where a row's slot is none of `count`.
 long maskllm_multiply(const void* x, int x_type, long x_stride, long rows, const int32_t* row_slots, const void* weight,
-                      int weight_type, long weight_stride, const uint8_t* slots, long slot_stride, int slot_type,
+                      int weight_type, long weight_stride, const uint8_t* slots, long count, long slot_stride, int slot_type,
                       long outs, long columns, const float* bias, void* y, int threads) {
+    if (std::any_of(row_slots, row_slots + rows, [&](int32_t slot) { return slot < -1 || slot >= count; })) return -1;
     const bool bf16 = kernels->dense_bf16 && weight_type == BF16 && x_type == BF16;
     const long dense = std::count_if(row_slots, row_slots + rows, [](int32_t slot) { return slot < 0; });
     const long left = bf16 && dense <= DENSE_ROWS ? 0 : dense;

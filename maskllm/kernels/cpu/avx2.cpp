@@ -39,7 +39,6 @@ struct Avx2 {
     }
 
     static I zero_int() { return _mm256_setzero_si256(); }
-    static I ones() { return _mm256_set1_epi8(1); }
     static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
     // |w| * (x with the sign of w): a pair is at most 2 * 127 * 127, which an int16 holds.
     static I dot(I sum, I x, I weights) {
@@ -54,7 +53,6 @@ struct Avx2 {
         return _mm256_add_epi8(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)),
                                _mm256_set1_epi32(half ? 0x0c0c0808 : 0x04040000));
     }
-    static I minus_128(I sum, I weights) { return _mm256_sub_epi32(sum, _mm256_slli_epi32(weights, 7)); }
     static void add_rows_int(I sum, int32_t* out) {
         __m128i rows = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
         _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm_loadu_si128((__m128i*)out), rows));

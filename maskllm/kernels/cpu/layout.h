@@ -1,6 +1,6 @@
 // How a resident 2:4 mask lies in memory, and what an instruction set must offer to multiply by it.
 //
-// A *quad* is 4 rows of the weight, a *block* a quad's 128 columns, a *chunk* 8 blocks. Chunks of columns follow each
+// A *quad* is 4 rows of the weight, a *block* a quad's 128 columns, a *chunk* 4 blocks. Chunks of columns follow each
 // other, in a chunk its quads, in a quad its blocks: a product reads streams, and meanwhile the inputs of a chunk stay
 // in the first cache (2x at 4 inputs). A slot has two such streams, of mask bits and of kept values. In a block:
 //
@@ -13,7 +13,7 @@
 // dwords to the four rows, and each lane needs one group's inputs, which the mask's nibble permutes within
 // the lane. Inputs are laid out to match ("lane order"): for each block, the 16-byte pieces that lanes 0 to 3
 // need for vector 0 (and 1 ... where a piece holds several groups), then those for the next. A *panel* holds up to
-// 8 inputs with their 64-byte vectors in turn, so that a product reads it, too, as one stream.
+// 16 inputs with their 64-byte vectors in turn, so that a product reads it, too, as one stream.
 //
 // An int8 slot starts with the scale of each row (fp32), of the dense row's largest weight: no mask changes it.
 // Columns are padded to whole blocks and rows to whole quads, with zeros that are kept.
@@ -47,7 +47,7 @@ static inline uint16_t to_bf16(float value) {  // to nearest, ties to even; a Na
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Products of one quad with a panel of 1, 2, 4 or 8 inputs (4 at most where `tile` says so), added to
+// Products of one quad with a panel of 1, 2, 4, 8 or 16 inputs (at most `tile`), added to
 // out[4 * input + row]. One that is null is done by another: bf16 inputs as fp32, dense rows by torch.
 struct Kernels {
     const char* name;

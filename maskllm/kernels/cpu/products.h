@@ -72,7 +72,7 @@ inline void sparse_int8_tile(const uint8_t* masks, const uint8_t* values, size_t
             for (int p = 0; p < PARTS; p++) {
                 auto kept = V::load(values + 64 * j + 4 * W * p);
                 auto where = V::select_bytes(mask[p], 8 * j, j % 2);
-                if (V::UNSIGNED) weights = V::dot(weights, V::ones(), kept);
+                if constexpr (V::UNSIGNED) weights = V::dot(weights, V::ones(), kept);
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     auto inputs = V::load(panel + 64 * (j / 2 * T + t) + 4 * W * p);
@@ -82,7 +82,8 @@ inline void sparse_int8_tile(const uint8_t* masks, const uint8_t* values, size_t
     }
     for (int t = 0; t < T; t++) {
         auto all = SUMS == 1 ? sum[0][t] : V::add_int(sum[0][t], sum[SUMS - 1][t]);
-        V::add_rows_int(V::UNSIGNED ? V::minus_128(all, weights) : all, out + 4 * t);
+        if constexpr (V::UNSIGNED) all = V::minus_128(all, weights);
+        V::add_rows_int(all, out + 4 * t);
     }
 }
 

@@ -86,6 +86,10 @@ def test_a_dropped_weight_is_gone_even_if_it_is_infinite(kernels):
     )
     out = masked_linear(torch.ones(1, 4), weight, slots, torch.zeros(1, dtype=torch.int32), None)
     assert out.tolist() == [[3, 3]]
+    if kernels != "reference":
+        slots = masked(weight, [torch.tensor([FIRST_TWO] * 2)], torch.int8)
+        out = masked_linear(torch.ones(1, 4), weight, slots, torch.zeros(1, dtype=torch.int32), None)
+        torch.testing.assert_close(out, torch.tensor([[3.0, 3.0]]), rtol=1e-2, atol=0)
 
 
 def test_zeros_of_either_sign_can_be_kept(kernels):  # noqa: ARG001
@@ -213,6 +217,20 @@ def test_a_row_that_is_not_finite_answers_nan_under_int8_and_no_other_row_does(k
     out = masked_linear(x, weight, slots, torch.zeros(2, dtype=torch.int32), None)
     assert out[0].isnan().all()
     torch.testing.assert_close(out[1], torch.full((4,), 2.0), rtol=1e-6, atol=0)
+
+
+def test_a_slot_that_is_not_there_and_a_mask_of_another_shape_are_refused(kernels):
+    if kernels == "reference":
+        pytest.skip("torch's own indexing refuses them")
+    weight = torch.ones(4, 8)
+    slots = masked(weight, [torch.tensor([FIRST_TWO * 2] * 4)])
+    for slot in (1, -2):
+        with pytest.raises(ValueError, match=rf"rows use slots \[{slot}\], and there are 1"):
+            masked_linear(torch.ones(1, 8), weight, slots, torch.tensor([slot], dtype=torch.int32), None)
+    with pytest.raises(ValueError, match="is no 2:4 mask of a weight"):
+        fill(slots, 0, weight, packed(torch.tensor([FIRST_TWO * 4] * 4)))
+    with pytest.raises(ValueError, match="rows are not contiguous"):
+        fill(slots, 0, torch.ones(8, 4).T, packed(torch.tensor([FIRST_TWO * 2] * 4)))
 
 
 def test_slots_are_exact_unless_told_otherwise(kernels):
