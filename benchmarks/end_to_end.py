@@ -2,12 +2,12 @@
 
     python benchmarks/end_to_end.py                  # every contender; writes benchmarks/end-to-end.json
     python benchmarks/end_to_end.py --quick          # two short rounds, only printed
-    python benchmarks/end_to_end.py --threads 1      # with one thread only; otherwise the better of 1 and 2
+    python benchmarks/end_to_end.py --threads 1 2    # each contender's at its better thread count
 
 A random Llama of 320 M parameters and 8 random 2:4 masks. Each contender is an engine in processes of its
 own; all stay alive, stopped but for the one that is measured, and take turns round after round. A decode step
 is the median gap between two answers while the whole batch decodes; the first token is that of a prompt of
-512 never seen before. Figures are medians over the rounds, each contender's at its better thread count;
+512 never seen before. Figures are medians over the rounds, with a thread a core;
 `least` and `most` set the quartiles of the two sides against each other.
 """
 
@@ -90,9 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=32, help="decode steps of one measurement")
+    parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count()])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=24, help="decode steps of one measurement")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--quick", action="store_true", help="2 rounds of 4 steps, written nowhere")
     args = parser.parse_args()
