@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maskllm.core.patterns import row_bytes
 from maskllm.kernels import DENSE
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -82,8 +81,6 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     """Write the mask `packed` (out, bytes) uint8 of a weight (out, in) into a slot."""
-    if packed.shape != (weight.shape[0], row_bytes(weight.shape[1] // 4)):
-        raise ValueError(f"packed {tuple(packed.shape)} is no 2:4 mask of a weight {tuple(weight.shape)}")
     _contiguous(weight)
     weight = weight if weight.dtype in TYPES else weight.float()
     packed = packed.contiguous()

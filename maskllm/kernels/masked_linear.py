@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maskllm.core.patterns import expand, unpack
+from maskllm.core.patterns import expand, row_bytes, unpack
 from maskllm.kernels import DENSE, cpu, gpu
 
 
@@ -90,6 +90,8 @@ def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     `packed` is (out, bytes) uint8 as `maskllm.core.patterns.pack` writes it. Kept values are copied and
     dropped ones left out, never multiplied: a product would leave -0.0 behind and could not mask an infinity.
     """
+    if packed.shape != (weight.shape[0], row_bytes(weight.shape[1] // 4)):
+        raise ValueError(f"packed {tuple(packed.shape)} is no 2:4 mask of a weight {tuple(weight.shape)}")
     if slots.dtype == torch.bool:
         slots[slot].copy_(expand(unpack(packed, weight.shape[1] // 4)))
     else:
@@ -115,6 +117,8 @@ def reference(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias:
     """`masked_linear` in plain torch, obviously right; slots are (count, out, in) bool."""
     out = x.new_empty(x.shape[0], weight.shape[0])
     present = torch.unique(row_slots).tolist()
+    if present and not DENSE <= present[0] <= present[-1] < len(slots):
+        raise ValueError(f"rows use slots {present}, and there are {len(slots)}")
     for slot in present:
         effective = weight if slot == DENSE else torch.where(slots[slot], weight, 0)
         if len(present) == 1:

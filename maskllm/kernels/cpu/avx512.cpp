@@ -176,15 +176,19 @@ void dense_bf16(const uint16_t* weight, size_t weight_stride, size_t columns, co
                                                                inputs, out);
 }
 
+// The 16 values that a row keeps of 32 columns.
+inline __m256i kept(const uint16_t* row, const uint8_t* mask) {
+    uint32_t bits;
+    std::memcpy(&bits, mask, 4);
+    return _mm512_castsi512_si256(_mm512_maskz_compress_epi16(bits, _mm512_loadu_si512(row)));
+}
+
 // The 32 columns of lane l keep 16 values: group j's pair is dword j, and goes to vector j.
 void fill_bf16(const uint16_t* weight, size_t weight_stride, const uint8_t* mask, uint8_t* values) {
     for (int l = 0; l < 4; l++) {
         __m256i row[4];
         for (int r = 0; r < 4; r++) {
-            uint32_t bits;
-            std::memcpy(&bits, mask + 16 * l + 4 * r, 4);
-            const __m512i all = _mm512_loadu_si512(weight + r * weight_stride + 32 * l);
-            row[r] = _mm512_castsi512_si256(_mm512_maskz_compress_epi16(bits, all));
+            row[r] = kept(weight + r * weight_stride + 32 * l, mask + 16 * l + 4 * r);
         }
         const __m256i a = _mm256_unpacklo_epi32(row[0], row[1]), b = _mm256_unpackhi_epi32(row[0], row[1]);
         const __m256i c = _mm256_unpacklo_epi32(row[2], row[3]), d = _mm256_unpackhi_epi32(row[2], row[3]);
@@ -202,11 +206,8 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
     for (int l = 0; l < 4; l++) {
         __m128i row[4];
         for (int r = 0; r < 4; r++) {
-            uint32_t bits;
-            std::memcpy(&bits, mask + 16 * l + 4 * r, 4);
-            const __m512i all = _mm512_loadu_si512(weight + r * weight_stride + 32 * l);
-            const __m256i kept = _mm512_castsi512_si256(_mm512_maskz_compress_epi16(bits, all));
-            const __m512 floats = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(kept), 16));
+            const __m512i wide = _mm512_cvtepu16_epi32(kept(weight + r * weight_stride + 32 * l, mask + 16 * l + 4 * r));
+            const __m512 floats = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
             const __m512 scaled = _mm512_mul_ps(floats, _mm512_set1_ps(inverse_scales[r]));
             row[r] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(scaled));
         }

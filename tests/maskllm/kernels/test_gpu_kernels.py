@@ -12,7 +12,7 @@ import torch
 from maskllm.core.patterns import best, encode, pack
 from maskllm.kernels import DENSE, gpu, masked_linear
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="needs triton, which has no build for every machine")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
