@@ -61,6 +61,15 @@ def test_options_that_masks_cannot_keep_are_refused(tmp_path, options, message):
     assert message in done.stderr
 
 
+def test_a_model_that_cannot_be_compiled_is_not_compiled_by_force(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    base = Path(__file__).parents[2] / "examples/demo/base"
+    command = [sys.executable, "-m", "server", "--model", str(base), "--masks", str(tmp_path)]
+    done = subprocess.run([*command, "--no-enforce-eager"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--enforce-eager False does not work with masks yet: leave the option out" in done.stderr
+
+
 def test_what_is_missing_is_named():
     done = subprocess.run([sys.executable, "-m", "server"], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-2:] == [
