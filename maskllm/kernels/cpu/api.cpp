@@ -28,7 +28,6 @@ struct Packed {
     }
 };
 constexpr Packed PACKED;
-constexpr uint32_t PADDING = 0x33333333;  // groups past the last keep two zeros
 
 // A row of packed codes -> its mask bits, 96 columns at a time.
 void unpack(const uint8_t* codes, size_t bytes, uint32_t* bits) {
@@ -459,11 +458,10 @@ void maskllm_fill(uint8_t* slot, int slot_type, const void* weight, int weight_t
             for (size_t r = 0; r < ROWS; r++) {
                 const size_t n = q * ROWS + r;
                 uint32_t* bits = &mask[r * (words + 2)];
-                if (r < present) unpack(packed + n * row_bytes, row_bytes, bits);
-                for (size_t word = r < present ? s.columns / 32 : 0; word < words; word++) {
-                    const size_t known = r < present && word == s.columns / 32 ? s.columns % 32 : 0;
-                    bits[word] = (bits[word] & ((1u << known) - 1)) | PADDING << known;
-                }
+                if (r < present)
+                    unpack(packed + n * row_bytes, row_bytes, bits);
+                else
+                    std::fill_n(bits, words, 0);
                 if (slot_type == INT8 && r < present && ((const float*)slot)[n] > 0) inverse[r] = 1 / ((const float*)slot)[n];
             }
             for (size_t b = 0; b < s.blocks; b++) {

@@ -16,7 +16,7 @@
 // 16 inputs with their 64-byte vectors in turn, so that a product reads it, too, as one stream.
 //
 // An int8 slot starts with the scale of each row (fp32), of the dense row's largest weight: no mask changes it.
-// Columns are padded to whole blocks and rows to whole quads, with zeros that are kept.
+// Columns are padded to whole blocks and rows to whole quads, with values of zero.
 #pragma once
 #include <cstddef>
 #include <cstdint>
