@@ -311,8 +311,9 @@ async def ours(contender: Contender, folder: Path) -> AsyncIterator[tuple[Any, l
         mask_dtype=contender.mask_dtype,
         engine=options,
     )
-    async with start(settings, folder / "base", Metrics()) as (engine, _):
-        masks = Masks(settings.masks, settings.name, read_base(folder / "base"), engine)
+    with start(settings, folder / "base", Metrics()) as (engine, _):
+        base = read_base(folder / "base")
+        masks = Masks(settings.masks, settings.name, base, engine, MASKS, MASKS)
         masks.scan()
         for mask in masks.known.values():
             assert await masks.ready(mask)

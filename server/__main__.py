@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from typing import Any
 
 import uvloop
 from pydantic import ValidationError
@@ -15,6 +14,7 @@ from server.engine.client import BadOptions, start
 from server.engine.plugin import WrongVLLM
 from server.masks import Masks
 from server.metrics import Metrics
+from server.names import BadState
 from server.settings import Settings
 
 logger = logging.getLogger("maskllm")
@@ -24,17 +24,14 @@ async def run(settings: Settings) -> None:
     """Serve until told to stop."""
     folder = find(settings.model)
     base, metrics = read_base(folder), Metrics()
-    async with start(settings, folder, metrics) as (engine, sock):
-        masks = Masks(settings.masks, settings.name, base, engine)
+    with start(settings, folder, metrics) as (engine, sock):
+        limit = settings.packed or engine.capacity.most_packed(settings.slots)
+        masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit)
         masks.scan()
-        logger.info(memory(await engine.stats()))
-        await engine.serve(await create_app(engine, masks, metrics), sock)
-
-
-def memory(stats: dict[str, Any]) -> str:
-    """What the engine holds, in a line. Packed masks come as they are used."""
-    base, slot, kv = (stats[f"{what}_bytes"] / 1e6 for what in ("base", "slot", "kv"))
-    return f"memory: base {base:,.1f} MB, {stats['slots_total']} slots of {slot:,.1f} MB, KV {kv:,.1f} MB"
+        logger.info("memory: %s", engine.capacity.sum(settings.slots, limit))
+        await create_app(engine, masks, metrics)
+        await masks.restore()
+        await engine.serve(sock, masks.restore, settings.grace_s)
 
 
 def main() -> None:
@@ -45,7 +42,7 @@ def main() -> None:
         sys.exit("\n".join(map(_explain, error.errors())))
     try:
         uvloop.run(run(settings))
-    except (BadBase, BadOptions, WrongVLLM, OSError) as error:
+    except (BadBase, BadOptions, BadState, WrongVLLM, OSError) as error:
         sys.exit(f"maskllm serve: {error}")
 
 

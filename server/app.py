@@ -6,11 +6,10 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
 
-from server import errors
+from server import admin, errors
 from server.engine.client import Engine
 from server.engine.openai import (
     ChatCompletionRequest,
@@ -26,19 +25,13 @@ from server.engine.openai import (
     validate_json_request,
     vllm_version,
 )
-from server.errors import ServerError, UnknownMask
-from server.masks import DENSE, SUFFIX, Masks
+from server.errors import EngineDown, ServerError
+from server.masks import Masks
 from server.metrics import Metrics
+from server.names import DENSE
 
 UNKNOWN = "unknown"
 """The mask label of requests whose mask does not exist: names that users invent are no labels."""
-
-
-class MaskSource(BaseModel):
-    """Where `PUT /v1/masks/{name}` finds the mask."""
-
-    file: str | None = None
-    """File under the masks folder (default: the mask's name with .safetensors)."""
 
 
 async def _until_sent() -> AsyncIterator[ExitStack]:
@@ -66,7 +59,9 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
         """Resolve the mask, load it if this is its first request, let vLLM answer, say which it was."""
         name = UNKNOWN
         try:
-            while mask := masks.resolve(request.model, query=query, body=request.mask, header=header):
+            if not engine.up:
+                raise EngineDown("the engine has died, and another is starting")
+            while mask := masks.names.resolve(request.model, query=query, body=request.mask, header=header):
                 name = mask.name
                 until_sent.enter_context(engine.using(mask))  # no await since `resolve`
                 if await masks.ready(mask):
@@ -109,56 +104,39 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
     @app.post("/tokenize", dependencies=body)
     async def tokenize(request: TokenizeRequest, raw_request: Request) -> Response:
         """Every mask has the base's tokenizer."""
-        masks.resolve(request.model)
+        masks.names.resolve(request.model)
         request.model = masks.base_name
         response: Response = await tokens_of_text(request, raw_request)
         return response
 
     @app.post("/detokenize", dependencies=body)
     async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
-        masks.resolve(request.model)
+        masks.names.resolve(request.model)
         request.model = masks.base_name
         response: Response = await text_of_tokens(request, raw_request)
         return response
 
     @app.get("/v1/models")
     async def models(raw_request: Request) -> Any:
-        """The base and every mask, which has the base as `parent`."""
+        """The base, and every mask and alias, which have the base as `parent`."""
         cards = await raw_request.app.state.openai_serving_models.registry.show_available_models()
         listed = cards.model_dump()
         base = listed["data"][0]
         listed["data"] += [
-            {**base, "id": m.name, "root": m.path.name, "parent": base["id"]} for m in masks.known.values()
+            {**base, "id": name, "root": root, "parent": base["id"]}
+            for name, root in [
+                *((mask.name, mask.path.name) for mask in masks.known.values()),
+                *((alias, ", ".join(weights)) for alias, weights in masks.names.aliases.items()),
+            ]
         ]
         return listed
 
-    @app.get("/v1/masks")
-    async def list_masks() -> Any:
-        """Every mask, and why files of the folder were refused."""
-        return {
-            "object": "list",
-            "data": [masks.describe(mask) for mask in masks.known.values()],
-            "refused": masks.refused,
-        }
-
-    @app.get("/v1/masks/{name}")
-    async def show_mask(name: str) -> Any:
-        mask = masks.resolve(None, path=name)
-        if mask is None:
-            raise UnknownMask(f"{DENSE!r} is the dense base, not a mask")
-        return masks.describe(mask)
-
-    @app.put("/v1/masks/{name}")
-    async def put_mask(name: str, source: MaskSource | None = None) -> Response:
-        """Load a mask from a file under the masks folder, or replace the mask of that name."""
-        file = source.file if source and source.file else f"{name}{SUFFIX}"
-        mask, new = await masks.put(name, file)
-        return JSONResponse(masks.describe(mask), 201 if new else 200)
-
-    @app.delete("/v1/masks/{name}", status_code=204)
-    async def delete_mask(name: str) -> None:
-        """Forget a mask; answers when its last request has finished and its memory is free."""
-        await masks.delete(name)
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while requests can be answered."""
+        if not engine.up or engine.llm.errored:
+            raise EngineDown("the engine has died, and another is starting")
+        return Response()
 
     @app.get("/version")
     async def show_version() -> Any:
@@ -169,6 +147,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
         metrics.engine = await engine.stats()
         return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
 
+    app.include_router(admin.routes(masks, engine.capacity))
     await engine.mount(app)
     app.add_exception_handler(ServerError, errors.handle)
     return app

@@ -31,6 +31,65 @@ class BadMaskName(ServerError):
     """A name or file that cannot be a mask's."""
 
 
+class MaskInUse(ServerError):
+    """A mask that something else still needs."""
+
+    status = 409
+    headers = {"x-should-retry": "false"}  # the openai client would repeat a 409
+
+
+class BadAlias(ServerError):
+    """An alias that cannot be had, or that points to nothing."""
+
+    param = "alias"
+
+
+class UnknownAlias(ServerError):
+    status = 404
+    param = "alias"
+
+
+class NoRoom(ServerError):
+    """No slot or memory for a mask now."""
+
+    status = 503
+    headers = {"Retry-After": "1"}
+
+
+class UnwritableFolder(ServerError):
+    """The masks folder could not take a file: it is read-only, full, or not ours."""
+
+    status = 507
+    param = None
+
+
+class TooLarge(ServerError):
+    """More bytes than a request may bring."""
+
+    status = 413
+    param = None
+
+
+class BadSource(ServerError):
+    """A `PUT` that does not say where the mask is."""
+
+    param = None
+
+
+class UnreachableSource(ServerError):
+    """A URL from which no mask could be had."""
+
+    param = "url"
+
+
+class EngineDown(ServerError):
+    """The engine has died, and another is starting."""
+
+    status = 503
+    param = None
+    headers = {"Retry-After": "10"}
+
+
 class RefusedMask(ServerError):
     """A mask file that is broken or belongs to another base."""
 

@@ -1,11 +1,16 @@
-"""Which masks exist, which one a request means, and their way into the engine and out again."""
+"""Which masks exist, and their way into the engine and out again.
+
+A mask is *known* (its file is checked), *packed* (in the engine's host memory) or *resident* (in a slot). The
+HTTP side owns what is known and what is packed; the engine brings packed masks into slots as it needs them.
+"""
 
 import asyncio
 import logging
-import re
+import math
+import time
 from collections import defaultdict
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,34 +20,44 @@ from maskllm.core.base import Base
 from maskllm.core.maskset import MaskError, MaskSet
 from server.errors import (
     BadMaskName,
-    ContradictingMasks,
+    MaskInUse,
+    NoRoom,
     RefusedMask,
     UnavailableMask,
     UnknownMask,
-    UnknownModel,
+    UnwritableFolder,
 )
+from server.names import DENSE, NAME, PARTIAL, UNFIT, Names
 
 logger = logging.getLogger("maskllm.masks")
 
-DENSE = "none"
-"""The name that asks for the base without a mask."""
-
 SUFFIX = ".safetensors"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass
+class Use:
+    """What requests have asked of a mask."""
+
+    requests: int = 0
+    last_s: float | None = None
+    """Unix time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """One version of a named mask: a checked file, and the number the engine knows it by."""
+    """One content of a named mask: a checked file, and the number the engine knows it by."""
 
     name: str
     path: Path
     id: int
     mask_set: MaskSet
+    """Without its packed codes, which only the engine keeps."""
+    packed_bytes: int
+    use: Use = field(default_factory=Use)
 
     @property
     def key(self) -> str:
-        """What the engine calls this version; unlike the label it is never used twice."""
+        """What the engine calls it; unlike the label it is never used twice."""
         return f"{self.label}#{self.id}"
 
     @property
@@ -60,26 +75,50 @@ class Engine(Protocol):
     async def unload(self, mask: Mask) -> None:
         """Wait until no request uses the mask, then free it."""
 
+    async def pin(self, mask: Mask, pinned: bool) -> None:
+        """Make a loaded mask resident for good, or no longer."""
+
     def using(self, mask: Mask) -> AbstractContextManager[None]:
         """While the block runs, the mask is not unloaded."""
 
+    def in_flight(self, mask: Mask) -> int:
+        """How many requests use it."""
+
+    async def stats(self) -> dict[str, Any]:
+        """What the worker holds; empty while there is none."""
+
 
 class Masks:
-    """The masks of one base by name. The HTTP side owns it; the engine owns what is loaded."""
+    """The masks of one base by name."""
 
-    def __init__(self, folder: Path, base_name: str, base: Base, engine: Engine) -> None:
+    def __init__(
+        self, folder: Path, base_name: str, base: Base, engine: Engine, slots: int, limit: int
+    ) -> None:
+        """`limit` is how many masks the engine's host memory may hold."""
         self.folder = folder.resolve()
         self.base_name = base_name
         self.base = base
         self.engine = engine
+        self.slots = slots
+        self.limit = limit
         self.known: dict[str, Mask] = {}
         self.refused: dict[str, str] = {}
-        self.loaded: set[int] = set()
+        self.packed: dict[int, Mask] = {}
+        self.names = Names(self.folder / "masks.json", base_name, self.known, self.refused)
         self._ids = count(1)
+        self._loading = 0
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    @property
+    def most_bytes(self) -> int:
+        """More than any file of a mask of this base has: 2 bits a weight, and its header."""
+        return sum(math.prod(shape) for shape in self.base.shapes.values()) // 4 + (4 << 20)
 
     def scan(self) -> None:
         """Register every mask file of the folder; one that cannot be used is logged and left out."""
+        for left in self.folder.glob(f"*{PARTIAL}"):
+            with suppress(OSError):
+                left.unlink()
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             name = path.name.removesuffix(SUFFIX)
             try:
@@ -89,31 +128,24 @@ class Masks:
                 logger.warning("refused %s: %s", path.name, error)
         logger.info("masks: %s", ", ".join(self.known) or "none found")
 
-    def resolve(self, model: str | None, **named: str | None) -> Mask | None:
-        """The mask that a request means, None for dense.
-
-        `named` are the ways that name a mask outright (`query`, `body`, `header`); `model` may be
-        the base, a mask, or "base:mask". Raises ContradictingMasks, UnknownMask or UnknownModel.
-        """
-        asked = {f"the {way}": name for way, name in named.items() if name is not None}
-        if model is not None and model != self.base_name:
-            base, colon, mask = model.rpartition(":")
-            if base != self.base_name if colon else model.partition("@")[0] not in self.known:
-                models = ", ".join([self.base_name, *self.known])
-                raise UnknownModel(f"no model {model!r}; known: {models}, {self.base_name}:MASK")
-            asked["the model"] = mask
-        meant = {None if name == DENSE else self._get(name) for name in asked.values()}
-        if len(meant) > 1:
-            details = ", ".join(f"{way} says {name!r}" for way, name in asked.items())
-            raise ContradictingMasks(f"the request names different masks: {details}")
-        return meant.pop() if meant else None
+    async def restore(self) -> None:
+        """Bring a new engine to where the last was: pinned masks into slots, packed ones into its memory."""
+        for mask in [*self.packed.values(), *(m for n, m in self.known.items() if n in self.names.pinned)]:
+            self.packed.pop(mask.id, None)
+            if self.known.get(mask.name) is mask:
+                try:
+                    await self._load(mask)
+                except (UnavailableMask, NoRoom) as error:
+                    logger.warning("%s", error)
 
     async def ready(self, mask: Mask) -> bool:
         """Load a mask on its first use; False where it was replaced or removed in the meantime.
 
-        Raises UnavailableMask, saying why, and then changes nothing.
+        Raises UnavailableMask or NoRoom, saying why, and then changes nothing.
         """
-        if mask.id in self.loaded:
+        mask.use.requests += 1
+        mask.use.last_s = time.time()
+        if mask.id in self.packed:
             return True
         async with self._locks[mask.name]:
             if self.known.get(mask.name) is not mask:
@@ -121,96 +153,166 @@ class Masks:
             await self._load(mask)
             return True
 
-    async def put(self, name: str, file: str) -> tuple[Mask, bool]:
-        """Register and load a mask from a file of the folder; returns it, and whether it is new.
+    async def put(self, name: str, path: Path, keep: bool = False) -> tuple[Mask, bool]:
+        """Register and load a mask from a file; returns it, and whether its name is new.
 
-        A mask of that name is replaced: requests in flight finish on the old one, which is then
-        freed. Raises BadMaskName, RefusedMask or UnavailableMask, and then changes nothing.
+        With `keep` the file becomes the mask's own in the folder. A mask of that name is replaced: requests
+        in flight finish on the old one, which is then freed. Raises BadMaskName, RefusedMask,
+        UnavailableMask, NoRoom or UnwritableFolder, and then changes nothing.
         """
         async with self._locks[name]:
-            mask = await asyncio.to_thread(self._read, name, self._path(file))
+            mask = await asyncio.to_thread(self._read, name, path)
             old = self.known.get(name)
-            same = old is not None and old.mask_set.sha256 == mask.mask_set.sha256
-            if old is not None and same and old.id in self.loaded:
-                return old, False
+            if old is not None and old.mask_set.sha256 == mask.mask_set.sha256:
+                mask = replace(mask, id=old.id, use=old.use)
             await self._load(mask)
-            self.known[name] = mask
+            if keep:
+                try:
+                    mask = replace(mask, path=mask.path.replace(self.folder / f"{name}{SUFFIX}"))
+                except OSError as error:
+                    if old is None or old.id != mask.id:
+                        await self._unload(mask)
+                    raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
+            self.known[name] = self.packed[mask.id] = mask
             self.refused.pop(name, None)
-        if old is not None:
+        if old is not None and old.id != mask.id:
             await self._unload(old)
         return mask, old is None
 
     async def delete(self, name: str) -> None:
-        """Forget a mask at once, and free it when its last request has finished. Keeps the file."""
-        async with self._locks[name.partition("@")[0]]:
-            mask = self._get(name)
+        """Forget a mask at once, and free it when its last request has finished. Keeps the file.
+
+        Raises UnknownMask, or MaskInUse where an alias points to it.
+        """
+        mask = self.names.mask(name)
+        async with self._locks[mask.name]:
+            if self.known.get(mask.name) is not mask:
+                raise UnknownMask(f"mask {name!r} was replaced or removed in the meantime")
+            if aliases := self.names.pointing(mask.name):
+                raise MaskInUse(f"alias {aliases[0]!r} points to mask {name!r}: change or delete it first")
+            self.names.pin(mask.name, False)
             del self.known[mask.name]
         await self._unload(mask)
 
-    def describe(self, mask: Mask) -> dict[str, Any]:
-        """A mask as `GET /v1/masks` shows it."""
-        mask_set = mask.mask_set
+    async def pin(self, name: str, pinned: bool) -> Mask:
+        """Keep a mask resident in a slot, or no longer. Raises NoRoom where no slot would be left."""
+        mask = self.names.mask(name)
+        async with self._locks[mask.name]:
+            here = {other for other in self.names.pinned if other in self.known}
+            if pinned and len(here | {mask.name}) >= self.slots:
+                raise NoRoom(
+                    f"{len(here)} masks are pinned in {self.slots} slots, and one must be left for the "
+                    "others: unpin one, or start with more --slots"
+                )
+            self.names.pin(mask.name, pinned)
+            if mask.id in self.packed:
+                await self.engine.pin(mask, pinned)
+            elif pinned:
+                await self._load(mask)
+        return mask
+
+    async def load(self, name: str) -> Mask:
+        """Bring a mask into the engine's host memory before anybody asks for it."""
+        while not await self.ready(mask := self.names.mask(name)):
+            pass
+        return mask
+
+    def check(self, name: str) -> None:
+        """Raise BadMaskName where a mask cannot be called so."""
+        if not NAME.fullmatch(name) or name in (DENSE, self.base_name):
+            raise BadMaskName(f"{name!r} cannot name a mask: it is {UNFIT}")
+        if name in self.names.aliases:
+            raise BadMaskName(f"{name!r} is an alias: delete it first, or name the mask {name}@v1")
+
+    def path(self, file: str) -> Path:
+        """A file of the folder by its name. Raises BadMaskName where it is none."""
+        path = (self.folder / file).resolve() if "\0" not in file else self.folder
+        if not path.is_relative_to(self.folder) or path.suffix != SUFFIX:
+            raise BadMaskName(f"file {file!r} is not a *{SUFFIX} under the masks folder")
+        return path
+
+    async def describe(self, masks: list[Mask]) -> list[dict[str, Any]]:
+        """Masks as `GET /v1/masks` shows them."""
+        slots = (await self.engine.stats()).get("slots", {})
+        return [self._describe(mask, slots.get(mask.id)) for mask in masks]
+
+    def _describe(self, mask: Mask, slot: int | None) -> dict[str, Any]:
+        mask_set, packed = mask.mask_set, mask.id in self.packed
         return {
             "id": mask.name,
             "object": "mask",
             "sha256": mask_set.sha256,
             "file": mask.path.name,
             "base": self.base_name,
-            "state": "loaded" if mask.id in self.loaded else "known",
+            "state": "resident" if slot is not None else "packed" if packed else "known",
+            "slot": slot,
+            "pinned": mask.name in self.names.pinned,
+            "aliases": self.names.pointing(mask.name),
+            "requests": mask.use.requests,
+            "in_flight": self.engine.in_flight(mask),
+            "last_used": mask.use.last_s,
             "n": mask_set.n,
             "m": mask_set.m,
             "weights": mask_set.weights,
-            "bits_per_weight": mask_set.bits_per_weight,
+            "packed_bytes": mask.packed_bytes,
+            "bits_per_weight": 8 * mask.packed_bytes / mask_set.weights,
             "provenance": mask_set.provenance,
             "scores": mask_set.scores,
         }
 
-    def _get(self, name: str) -> Mask:
-        """A mask by its name, or by name@sha with the first digits of its content."""
-        bare, at, sha = name.partition("@")
-        mask = self.known.get(bare)
-        if mask is None:
-            known = ", ".join([*self.known, DENSE])
-            reason = f" (its file was refused: {self.refused[bare]})" if bare in self.refused else ""
-            raise UnknownMask(f"no mask {bare!r}{reason}; known: {known}")
-        if at and not (len(sha) >= 12 and mask.mask_set.sha256.startswith(sha)):
-            raise UnknownMask(f"mask {bare!r} is now {mask.label}, not {name}")
-        return mask
-
-    def _path(self, file: str) -> Path:
-        path = (self.folder / file).resolve()
-        if not path.is_relative_to(self.folder) or path.suffix != SUFFIX:
-            raise BadMaskName(f"file {file!r} is not a *{SUFFIX} under the masks folder")
-        return path
-
     def _read(self, name: str, path: Path) -> Mask:
         """Check a file in full. Raises BadMaskName or RefusedMask."""
-        if not NAME.fullmatch(name) or name in (DENSE, self.base_name):
-            raise BadMaskName(
-                f"{name!r} cannot name a mask: use letters, digits, '.', '_' and '-', at most 64, "
-                f"and not {DENSE!r} or the base's name"
-            )
+        self.check(name)
         try:
-            return Mask(name, path, next(self._ids), maskset.load(path, self.base))
+            mask_set = maskset.load(path, self.base)
         except FileNotFoundError:
             raise BadMaskName(f"no file {path.name!r} in the masks folder") from None
         except MaskError as error:
             raise RefusedMask(str(error)) from None
         except OSError as error:
             raise RefusedMask(f"{path.name} cannot be read: {error.strerror}") from None
+        size = sum(packed.nbytes for packed in mask_set.packed.values())
+        return Mask(name, path, next(self._ids), replace(mask_set, packed={}), size)
 
     async def _load(self, mask: Mask) -> None:
-        if mask.id not in self.loaded:
+        """Pack a mask, pinned if its name is, where it is not packed yet."""
+        if mask.id in self.packed:
+            return
+        await self._make_room()
+        self._loading += 1
+        try:
             if not await self.engine.load(mask):
                 raise UnavailableMask(
                     f"mask {mask.name!r} cannot be loaded: {await asyncio.to_thread(self._why, mask)}; "
                     f"put its file back, or PUT /v1/masks/{mask.name}"
                 )
-            self.loaded.add(mask.id)
+            self.packed[mask.id] = mask
+        finally:
+            self._loading -= 1
+        if mask.name in self.names.pinned:
+            await self.engine.pin(mask, True)
+
+    async def _make_room(self) -> None:
+        """Where the limit is reached, free the least recently used mask that is idle and not pinned."""
+        while len(self.packed) + self._loading >= self.limit:
+            idle = [
+                mask
+                for mask in self.packed.values()
+                if mask.name not in self.names.pinned
+                and not self.engine.in_flight(mask)
+                and not self._locks[mask.name].locked()
+            ]
+            if not idle:
+                raise NoRoom(
+                    f"all {self.limit} masks that host memory may hold are in use: try again, or start with "
+                    "more --packed"
+                )
+            oldest = min(idle, key=lambda mask: mask.use.last_s or 0)
+            async with self._locks[oldest.name]:  # free, so that nothing happens before it is ours
+                await self._unload(oldest)
 
     async def _unload(self, mask: Mask) -> None:
-        if mask.id in self.loaded:
-            self.loaded.discard(mask.id)
+        if self.packed.pop(mask.id, None):
             await self.engine.unload(mask)
 
     def _why(self, mask: Mask) -> str:

@@ -44,6 +44,12 @@ class Settings(
     slots: PositiveInt = 8
     """How many masks can be resident, and so be used in one batch, at a time."""
 
+    packed: PositiveInt | None = None
+    """How many masks host memory may hold, least recently used out (default: as many as fit)."""
+
+    grace_s: PositiveInt = 30
+    """Seconds that requests in flight get to finish when the server is told to stop."""
+
     mask_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
     """How a resident mask holds its kept weights. auto: bfloat16 where that is exact, else without kernels.
     int8: smaller and faster, and rounds masked weights and their inputs to 8 bits."""

@@ -64,14 +64,21 @@ def read(memory: Tensor) -> None:
     _library().maskllm_read(memory.data_ptr(), memory.numel(), torch.get_num_threads())
 
 
+def slot_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Bytes of one mask of a weight (rows, columns) in a slot; without kernels one byte a weight."""
+    return (
+        int(_library().maskllm_slot_bytes(rows, columns, TYPES[dtype])) if not why_not() else rows * columns
+    )
+
+
 def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Empty slots (count, values) for a weight (out, in); `dtype` bfloat16 or int8.
 
     9 bits a weight as bfloat16; as int8 5, and a scale for each row: its largest finite dense weight over
     127, so that no mask changes it. Rows are padded to 4, columns to 128. Memory is used as slots are filled.
     """
-    slot_bytes = _library().maskllm_slot_bytes(*weight.shape, TYPES[dtype])
-    slots = torch.empty(count, slot_bytes // dtype.itemsize, dtype=dtype)
+    size = slot_bytes(weight.shape[0], weight.shape[1], dtype)
+    slots = torch.empty(count, size // dtype.itemsize, dtype=dtype)
     _library().maskllm_advise(slots.data_ptr(), slots.nbytes)
     if dtype == torch.int8:
         scales = weight.where(weight.isfinite(), 0).abs().amax(1).float() / 127

@@ -9,20 +9,23 @@ import sysconfig
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
 from pathlib import Path
+from signal import SIGINT, SIGTERM
+from socket import socket
 from typing import Any
 
+import torch
+import uvicorn
 import vllm.envs as envs
 from fastapi import FastAPI
 from vllm.config import CompilationMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-from vllm.entrypoints.serve.instrumentator.health import router as health_router
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
@@ -33,16 +36,19 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from maskllm.capacity import Capacity, measure
 from maskllm.kernels.masked_linear import bf16_on_cpu
 from server.engine.linear import NAME
 from server.engine.plugin import register
-from server.masks import DENSE, Mask
+from server.masks import Mask
 from server.metrics import Finished, Metrics
+from server.names import DENSE
 from server.settings import Settings
 
 logger = logging.getLogger("maskllm")
 
 DRAIN_POLL_S = 0.02
+WATCH_S = 0.2
 
 
 class BadOptions(ValueError):
@@ -86,11 +92,14 @@ class MaskedLLM(AsyncLLM):
 
 
 class Engine:
-    """A running vLLM whose adapters are masks."""
+    """A running vLLM whose adapters are masks, and which is started again when it dies."""
 
-    def __init__(self, llm: MaskedLLM, args: Namespace) -> None:
-        self.llm = llm
+    def __init__(self, args: Namespace, metrics: Metrics, capacity: Capacity) -> None:
         self.args = args
+        self.capacity = capacity
+        self.metrics = metrics
+        self.llm = self._start()
+        self.up = True
         self.adapters: dict[str, LoRARequest] = {}
 
     async def load(self, mask: Mask) -> bool:
@@ -109,17 +118,29 @@ class Engine:
 
     async def unload(self, mask: Mask) -> None:
         """Free a mask that no new request can name, once those in flight are done."""
-        while self.llm.in_flight[mask.id]:
+        while self.in_flight(mask):
             await asyncio.sleep(DRAIN_POLL_S)
         self.adapters.pop(mask.key, None)
-        await self.llm.remove_lora(mask.id)
+        with suppress(EngineDeadError):
+            await self.llm.remove_lora(mask.id)
+
+    async def pin(self, mask: Mask, pinned: bool) -> None:
+        """Make a loaded mask resident for good, or no longer."""
+        if pinned:
+            await self.llm.pin_lora(mask.id)
+        else:
+            await self.llm.collective_rpc("unpin_mask", args=(mask.id,))
 
     def using(self, mask: Mask) -> AbstractContextManager[None]:
         """While the block runs, the mask is not unloaded."""
         return self.llm.using(mask.id)
 
+    def in_flight(self, mask: Mask) -> int:
+        """How many requests use a mask."""
+        return self.llm.in_flight[mask.id]
+
     async def stats(self) -> dict[str, Any]:
-        """The worker's slots and swaps; empty once the engine is dead."""
+        """The worker's slots and swaps; empty while there is no engine."""
         try:
             stats: list[dict[str, Any]] = await self.llm.collective_rpc("mask_stats")
         except EngineDeadError:
@@ -127,51 +148,84 @@ class Engine:
         return stats[0]
 
     async def mount(self, app: FastAPI) -> None:
-        """Give the app vLLM's state, error handlers, middleware, and the routers a user needs."""
-        tasks = await self.llm.get_supported_tasks()
+        """Give the app vLLM's error handlers and middleware, and the engine's state."""
+        self.app = app
         init_exception_handler(app)
-        init_entrypoints_middleware(self.args, app, tasks)
-        app.include_router(health_router)
-        await init_app_state(self.llm, app.state, self.args, tasks)
-        self.adapters = app.state.openai_serving_models.lora_requests
+        init_entrypoints_middleware(self.args, app, await self.llm.get_supported_tasks())
+        await self._attach()
 
-    async def serve(self, app: FastAPI, sock: Any) -> None:
-        """Answer HTTP until a signal or the engine's death."""
-        closing = await serve_http(
-            app,
-            sock=sock,
-            host=self.args.host,
-            port=self.args.port,
+    async def serve(self, sock: socket, restored: Callable[[], Awaitable[None]], grace_s: int) -> None:
+        """Answer HTTP until a signal, or until the engine will not start again.
+
+        A signal closes the door, lets requests in flight finish for `grace_s` seconds, and ends. `restored`
+        brings the masks into an engine that was started again.
+        """
+        config = uvicorn.Config(
+            self.app,
             log_level=self.args.uvicorn_log_level,
             access_log=not self.args.disable_uvicorn_access_log,
             timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            timeout_graceful_shutdown=grace_s,
         )
-        await closing
+        server = NoSignalServer(config)
+        for signal in (SIGINT, SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signal, setattr, server, "should_exit", True)
+        watching = asyncio.create_task(self._watch(restored))
+        watching.add_done_callback(lambda _: setattr(server, "should_exit", True))
+        await server.serve(sockets=[sock])
+        if watching.done():
+            watching.result()
+        watching.cancel()
 
+    async def _watch(self, restored: Callable[[], Awaitable[None]]) -> None:
+        """Start the engine again whenever it dies; raises what keeps it from starting."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if not self.llm.errored:
+                continue
+            self.up, begin = False, time.monotonic()
+            logger.error("the engine died; starting another")
+            # In threads: the door stays open meanwhile, and says that it is down.
+            await asyncio.to_thread(self.llm.shutdown)
+            self.llm = await asyncio.to_thread(self._start)
+            await self._attach()
+            await restored()
+            self.up = True
+            logger.info("the engine is back after %.1f s", time.monotonic() - begin)
 
-@asynccontextmanager
-async def start(settings: Settings, folder: Path, metrics: Metrics) -> AsyncIterator[tuple[Engine, Any]]:
-    """Start vLLM on a checkpoint folder; yields the engine and the socket it already listens on."""
-    args = _arguments(settings, folder)
-    _, sock = setup_server(args, reuse_port=False)
-    try:
-        engine_args = AsyncEngineArgs.from_cli_args(args)
+    async def _attach(self) -> None:
+        """Let vLLM's handlers answer from the present engine."""
+        await init_app_state(self.llm, self.app.state, self.args, await self.llm.get_supported_tasks())
+        self.adapters = self.app.state.openai_serving_models.lora_requests
+
+    def _start(self) -> MaskedLLM:
+        engine_args = AsyncEngineArgs.from_cli_args(self.args)
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        if current_platform.is_cpu() and args.distributed_executor_backend is None:
+        if current_platform.is_cpu() and self.args.distributed_executor_backend is None:
             # One process schedules and computes. vLLM would make it two, and the scheduler, which spins while
             # it waits for the other, takes a core from its threads: 52 -> 44 ms at batch 16 on two cores.
             config.parallel_config.distributed_executor_backend = UniProcExecutor
-        if current_platform.is_cpu() and not args.enforce_eager and args.compilation_config.mode is None:
+        eager, mode = self.args.enforce_eager, self.args.compilation_config.mode
+        if current_platform.is_cpu() and not eager and mode is None:
             # vLLM compiles no model with adapters on CPU. Ours can be: masks are inside an opaque operator.
             config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
         llm = MaskedLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
-        llm.metrics = metrics
+        llm.metrics = self.metrics
+        return llm
+
+
+@contextmanager
+def start(settings: Settings, folder: Path, metrics: Metrics) -> Iterator[tuple[Engine, socket]]:
+    """Start vLLM on a checkpoint folder; yields the engine and the socket it already listens on."""
+    args = _arguments(settings, folder)
+    capacity = _capacity(settings, folder, args)
+    _, sock = setup_server(args, reuse_port=False)
+    with sock:
+        engine = Engine(args, metrics, capacity)
         try:
-            yield Engine(llm, args), sock
+            yield engine, sock
         finally:
-            llm.shutdown()
-    finally:
-        sock.close()
+            engine.llm.shutdown()
 
 
 def _arguments(settings: Settings, folder: Path) -> Namespace:
@@ -222,6 +276,20 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
             hint = "use --name" if option == "served_model_name" else "leave the option out"
             raise BadOptions(f"--{option.replace('_', '-')} {given} does not work with masks yet: {hint}")
     return args
+
+
+def _capacity(settings: Settings, folder: Path, args: Namespace) -> Capacity:
+    """What fits on this machine. Raises BadOptions, with the sum, where what is asked for does not."""
+    dtype = getattr(torch, {"half": "float16", "float": "float32"}.get(args.dtype, args.dtype), None)
+    kv = args.kv_cache_memory_bytes or 0
+    capacity = measure(folder, dtype, settings.mask_dtype == "int8", kv)
+    packed = settings.packed or 1
+    if current_platform.is_cpu() and capacity.needs(settings.slots, packed) > capacity.free:
+        raise BadOptions(
+            f"this does not fit in memory: {capacity.sum(settings.slots, packed)}: "
+            "use fewer --slots or --packed masks, --mask-dtype int8, or smaller --kv-cache-memory-bytes"
+        )
+    return capacity
 
 
 def _is_bf16(folder: Path) -> bool:

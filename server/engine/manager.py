@@ -45,6 +45,7 @@ class MaskManager:
         self.resident: OrderedDict[int, int] = OrderedDict()  # mask id -> slot, least recent first
         self.layers: dict[str, nn.Module] = {}
         self.parts: dict[str, dict[str, tuple[int, int]]] = {}  # engine layer -> mask layers, shapes
+        self.pinned: set[int] = set()
         self.dummies: set[int] = set()
         self.base_bytes = 0
         self.swaps: Counter[tuple[str, str]] = Counter()
@@ -101,6 +102,7 @@ class MaskManager:
 
     def remove_adapter(self, mask_id: int) -> bool:
         """Free a mask's host memory and its slot."""
+        self.pinned.discard(mask_id)
         self.resident.pop(mask_id, None)
         self.names.pop(mask_id, None)
         return self.packed.pop(mask_id, None) is not None
@@ -113,8 +115,12 @@ class MaskManager:
     def list_adapters(self) -> set[int]:
         return set(self.packed)
 
-    def pin_adapter(self, mask_id: int) -> bool:  # noqa: ARG002
-        raise MaskError("masks cannot be pinned yet")
+    def pin_adapter(self, mask_id: int) -> bool:
+        """Bring a mask into a slot and let no other take it."""
+        self.pinned.add(mask_id)
+        if mask_id not in self.resident:
+            self._swap_in(mask_id, keep=[])
+        return True
 
     def set_active_adapters(self, requests: Iterable[LoRARequest], mapping: LoRAMapping) -> None:  # noqa: ARG002
         """Before each step: make its masks resident and tell every layer each row's slot.
@@ -148,6 +154,7 @@ class MaskManager:
             "slot_bytes": slot_bytes,
             "slots_total": self.slots,
             "slots_used": len(self.resident),
+            "slots": {int(mask_id): slot for mask_id, slot in self.resident.items()},  # from numpy
             "resident_bytes": dict(resident),
             "packed_bytes": dict(packed),
             "swaps": [(*key, count, self.swap_seconds[key]) for key, count in self.swaps.items()],
@@ -176,12 +183,16 @@ class MaskManager:
                 raise MaskError(f"layer {layer} is {shape}, but {known.get(layer)} in the engine's model")
 
     def _swap_in(self, mask_id: int, keep: list[int]) -> None:
-        """Fill a free slot, or that of the least recently used mask which this step does not use."""
+        """Fill a free slot, or that of the least recently used mask which this step does not use.
+
+        Pinned masks come last: a step with more other masks than the pins leave slots for must run, too.
+        """
         begin = time.perf_counter()
         taken = set(self.resident.values())
         slot = next((s for s in range(self.slots) if s not in taken), None)
         if slot is None:
-            slot = self.resident.pop(next(i for i in self.resident if i not in keep))
+            others = [i for i in self.resident if i not in keep]
+            slot = self.resident.pop(min(others, key=lambda i: i in self.pinned))
         for name in self.layers:
             self._fill(name, slot, mask_id)
         self.resident[mask_id] = slot
@@ -219,7 +230,10 @@ class MaskManager:
 
 
 class MaskWorker:
-    """vLLM adds this to its worker class, so that the API can ask for `mask_stats`."""
+    """vLLM adds this to its worker class: what the API asks of a worker beyond what vLLM asks."""
+
+    def unpin_mask(self, mask_id: int) -> None:
+        self.model_runner.lora_manager.pinned.discard(mask_id)  # type: ignore[attr-defined]
 
     def mask_stats(self) -> dict[str, Any]:
         runner = self.model_runner  # type: ignore[attr-defined]

@@ -1,0 +1,83 @@
+"""What a base and its masks take in memory, and how many masks fit where."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from maskllm.core.layers import maskable
+from maskllm.core.patterns import row_bytes
+from maskllm.kernels import cpu
+
+PROGRAMS_BYTES = 1_500_000_000
+"""Of the server's two processes without any weight, as measured on CPU (issue 5)."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Bytes of each thing that is held; a packed mask is a 2:4 one of every layer."""
+
+    base: int
+    slot: int
+    packed: int
+    kv: int
+    free: int
+    """Before any of it is there."""
+
+    def needs(self, slots: int, packed: int) -> int:
+        """With so many slots, and so many masks in host memory."""
+        return self.base + slots * self.slot + packed * self.packed + self.kv + PROGRAMS_BYTES
+
+    def most_slots(self) -> int:
+        """If every mask in host memory had a slot."""
+        return max(0, (self.free - self.needs(0, 0)) // (self.slot + self.packed))
+
+    def most_packed(self, slots: int) -> int:
+        """Masks in host memory, beside so many slots."""
+        return max(0, (self.free - self.needs(slots, 0)) // self.packed)
+
+    def sum(self, slots: int, packed: int) -> str:
+        """What `needs` adds up, spelled out."""
+        return (
+            f"base {_size(self.base)} + {slots} slots of {_size(self.slot)} + {packed} packed masks of "
+            f"{_size(self.packed)} + KV {_size(self.kv)} + programs {_size(PROGRAMS_BYTES)} = "
+            f"{_size(self.needs(slots, packed))}, and {_size(self.free)} are free"
+        )
+
+
+def measure(
+    folder: Path, dtype: torch.dtype | None = None, int8: bool = False, kv: int = 1 << 30
+) -> Capacity:
+    """Capacity of a checkpoint on this machine's CPU, without reading its weights.
+
+    `dtype` is the one that the base is computed in, None the checkpoint's own.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    shapes = [(layer.out_features, layer.in_features) for layer in maskable(model).values()]
+    slot_dtype = torch.int8 if int8 else torch.bfloat16
+    return Capacity(
+        base=sum(parameter.nbytes for parameter in model.parameters()),
+        slot=sum(cpu.slot_bytes(rows, columns, slot_dtype) for rows, columns in shapes),
+        packed=sum(rows * row_bytes(columns // 4) for rows, columns in shapes),
+        kv=kv,
+        free=free_bytes(),
+    )
+
+
+def free_bytes() -> int:
+    """Memory that a program could still have: the machine's, or what a container leaves of it."""
+    free = psutil.virtual_memory().available
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return int(free)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,135 @@
+"""The routes on masks themselves: what there is, and how it is added, replaced, pinned, named and removed."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from maskllm.capacity import Capacity
+from server.errors import BadSource, UnknownMask
+from server.masks import SUFFIX, Mask, Masks
+from server.names import DENSE, Weights
+from server.sources import landing
+
+
+class MaskSource(BaseModel, extra="forbid"):
+    """Where `PUT /v1/masks/{name}` finds the mask."""
+
+    file: str | None = None
+    """File under the masks folder (default: the mask's name with .safetensors)."""
+    url: str | None = None
+    """hf://org/repo/file, https://..., s3://...; fetched into the folder, and goes with `sha256`."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None
+
+
+class AliasTargets(BaseModel, extra="forbid"):
+    """What an alias stands for."""
+
+    masks: Weights
+
+
+def routes(masks: Masks, capacity: Capacity) -> APIRouter:
+    """The routes of one engine's masks."""
+    router = APIRouter(prefix="/v1")
+
+    async def shown(mask: Mask, status: int = 200) -> JSONResponse:
+        return JSONResponse((await masks.describe([mask]))[0], status)
+
+    @router.get("/masks")
+    async def list_masks() -> Any:
+        """Every mask, and why files of the folder were refused."""
+        listed = await masks.describe(list(masks.known.values()))
+        return {"object": "list", "data": listed, "refused": masks.refused}
+
+    @router.get("/masks/{name}")
+    async def show_mask(name: str) -> Response:
+        if name == DENSE:
+            raise UnknownMask(f"{DENSE!r} is the dense base, not a mask")
+        return await shown(masks.names.mask(name))
+
+    @router.put("/masks/{name}")
+    async def put_mask(name: str, request: Request) -> Response:
+        """Load a mask, or replace the one of that name, from an upload, a URL or a file of the folder.
+
+        A body of `application/octet-stream` is the file itself; JSON says where it is; nothing means
+        NAME.safetensors in the folder.
+        """
+        masks.check(name)
+        if request.headers.get("content-type", "").startswith("application/octet-stream"):
+            with landing(masks.folder, masks.most_bytes) as landed:
+                await landed.receive(request.stream())
+                mask, new = await masks.put(name, landed.path, keep=True)
+        else:
+            source = _source(await request.body())
+            if source.url and source.sha256:
+                with landing(masks.folder, masks.most_bytes) as landed:
+                    await landed.fetch(source.url, source.sha256)
+                    mask, new = await masks.put(name, landed.path, keep=True)
+            elif source.url or source.sha256:
+                raise BadSource("a mask from a url needs both, `url` and `sha256`")
+            else:
+                mask, new = await masks.put(name, masks.path(source.file or f"{name}{SUFFIX}"))
+        return await shown(mask, 201 if new else 200)
+
+    @router.delete("/masks/{name}", status_code=204)
+    async def delete_mask(name: str) -> None:
+        """Forget a mask; answers when its last request has finished and its memory is free."""
+        await masks.delete(name)
+
+    @router.post("/masks/{name}/load")
+    async def load_mask(name: str) -> Response:
+        """Bring a mask into host memory before its first request."""
+        return await shown(await masks.load(name))
+
+    @router.put("/masks/{name}/pin")
+    async def pin_mask(name: str) -> Response:
+        """Keep a mask in a slot, whoever else comes."""
+        return await shown(await masks.pin(name, True))
+
+    @router.delete("/masks/{name}/pin")
+    async def unpin_mask(name: str) -> Response:
+        return await shown(await masks.pin(name, False))
+
+    @router.get("/aliases")
+    async def list_aliases() -> Any:
+        """Every alias and the masks it stands for, with how often each answers."""
+        return {"object": "list", "data": [_alias(name, each) for name, each in masks.names.aliases.items()]}
+
+    @router.put("/aliases/{name}")
+    async def put_alias(name: str, targets: AliasTargets) -> Response:
+        """Let a name stand for a mask, or for several by weight. `default` answers what names no mask."""
+        new = masks.names.alias(name, targets.masks)
+        return JSONResponse(_alias(name, targets.masks), 201 if new else 200)
+
+    @router.delete("/aliases/{name}", status_code=204)
+    async def delete_alias(name: str) -> None:
+        masks.names.unalias(name)
+
+    @router.get("/capacity")
+    async def show_capacity() -> Any:
+        """What each thing takes, and how many masks fit where."""
+        used = sum(mask["state"] == "resident" for mask in await masks.describe(list(masks.known.values())))
+        pinned = len(masks.names.pinned & masks.known.keys())
+        return {
+            "bytes": asdict(capacity),
+            "slots": {"total": masks.slots, "used": used, "pinned": pinned, "most": capacity.most_slots()},
+            "packed": {"limit": masks.limit, "used": len(masks.packed), "known": len(masks.known)},
+            "sum": capacity.sum(masks.slots, masks.limit),
+        }
+
+    return router
+
+
+def _source(body: bytes) -> MaskSource:
+    try:
+        return TypeAdapter(MaskSource).validate_json(body or b"{}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the body"
+        raise BadSource(f"{where}: {first['msg']}") from None
+
+
+def _alias(name: str, weights: dict[str, float]) -> dict[str, Any]:
+    return {"id": name, "object": "alias", "masks": weights}

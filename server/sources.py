@@ -1,0 +1,89 @@
+"""Where a mask's file can come from besides the folder: an upload, or a URL."""
+
+import asyncio
+import hashlib
+import tempfile
+from collections.abc import AsyncIterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import fsspec
+
+from server.errors import RefusedMask, TooLarge, UnreachableSource, UnwritableFolder
+from server.names import PARTIAL
+
+SCHEMES = ("hf", "https", "http", "s3", "gs", "abfs")
+"""What a URL may start with; none of them can name a file of this machine."""
+CHUNK = 1 << 20
+
+
+@contextmanager
+def landing(folder: Path, most: int) -> Iterator["Landing"]:
+    """A file in the folder that takes up to `most` bytes, and is gone afterwards unless it was renamed."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PARTIAL, delete=False) as file:
+            path = Path(file.name)
+            try:
+                path.chmod(0o644)
+                yield Landing(file, path, most)
+            finally:
+                path.unlink(missing_ok=True)
+    except PermissionError as error:
+        raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
+
+
+class Landing:
+    """A file on its way in."""
+
+    def __init__(self, file: IO[bytes], path: Path, most: int) -> None:
+        self.path = path
+        self._file = file
+        self._most = most
+        self._sha = hashlib.sha256()
+        self._size = 0
+
+    async def receive(self, body: AsyncIterable[bytes]) -> None:
+        """Take an upload. Raises TooLarge or UnwritableFolder."""
+        async for chunk in body:
+            await asyncio.to_thread(self._write, chunk)
+        self._flush()
+
+    async def fetch(self, url: str, sha256: str) -> None:
+        """Take what a URL holds, if it is what was announced.
+
+        Raises UnreachableSource, RefusedMask where its sha256 is another, TooLarge or UnwritableFolder.
+        """
+        scheme, colon, _ = url.partition("://")
+        if not colon or scheme not in SCHEMES or "::" in url:
+            raise UnreachableSource(f"url {url!r} must start with {', '.join(f'{s}://' for s in SCHEMES)}")
+        await asyncio.to_thread(self._copy, url)
+        if self._sha.hexdigest() != sha256.lower():
+            raise RefusedMask(f"{url} has sha256 {self._sha.hexdigest()}, not {sha256}")
+
+    def _copy(self, url: str) -> None:
+        try:
+            with fsspec.open(url, "rb") as source:
+                while chunk := source.read(CHUNK):
+                    self._write(chunk)
+        except (TooLarge, UnwritableFolder):
+            raise
+        except Exception as error:  # each protocol's library has errors of its own
+            raise UnreachableSource(f"{url} cannot be read: {type(error).__name__}: {error}") from None
+        self._flush()
+
+    def _write(self, chunk: bytes) -> None:
+        self._size += len(chunk)
+        if self._size > self._most:
+            raise TooLarge(f"the file is larger than {self._most} bytes, which no mask of this base is")
+        self._sha.update(chunk)
+        try:
+            self._file.write(chunk)
+        except OSError as error:
+            raise UnwritableFolder(f"{error.strerror}: the masks folder cannot take the file") from None
+
+    def _flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise UnwritableFolder(f"{error.strerror}: the masks folder cannot take the file") from None

@@ -1,0 +1,118 @@
+"""What names mean, without an engine: masks, versions, aliases, and what is kept from one start to the next."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from maskllm.core.maskset import MaskSet
+from server.errors import BadAlias, ContradictingMasks, UnknownMask, UnknownModel, UnwritableFolder
+from server.masks import Mask
+from server.names import BadState, Names
+
+SHA = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Names:
+    known = {
+        name: Mask(name, tmp_path / name, number, MaskSet(2, 4, "", {}, {}, sha256=SHA), 0)
+        for number, name in enumerate(["legal@v1", "legal@v2", "medical"])
+    }
+    return Names(tmp_path / "masks.json", "base", known, {"broken": "it is cut off"})
+
+
+def test_an_alias_answers_by_weight(names: Names):
+    names.alias("legal", {"legal@v1": 90, "legal@v2": 10})
+    random.seed(0)
+    drawn = Counter(names.resolve(None, query="legal").name for _ in range(2000))
+    assert set(drawn) == {"legal@v1", "legal@v2"}
+    assert 0.07 < drawn["legal@v2"] / 2000 < 0.13
+
+
+def test_a_request_that_names_nothing_gets_the_default_alias_or_the_dense_base(names: Names):
+    assert names.resolve("base") is None
+    names.alias("default", {"medical": 1})
+    assert names.resolve("base").name == "medical"
+    assert names.resolve("base", query="none") is None
+    assert names.resolve("base:none") is None
+
+
+def test_an_alias_may_send_a_share_to_the_dense_base(names: Names):
+    names.alias("trial", {"medical": 1, "none": 1})
+    assert {names.resolve("trial") for _ in range(100)} == {None, names.known["medical"]}
+
+
+def test_a_version_and_an_alias_that_stands_for_it_do_not_contradict(names: Names):
+    names.alias("legal", {"legal@v1": 99, "legal@v2": 1})
+    assert names.resolve("base:legal", header="legal@v2").name == "legal@v2"
+    with pytest.raises(ContradictingMasks, match="the header says 'medical'"):
+        names.resolve("legal", header="medical")
+
+
+def test_content_names_a_version_by_twelve_digits(names: Names):
+    assert names.mask(f"legal@v1@{SHA[:12]}").name == "legal@v1"
+    assert names.mask(f"medical@{SHA}").name == "medical"
+    with pytest.raises(UnknownMask, match="is now medical@0123456789ab"):
+        names.mask("medical@ffffffffffff")
+    with pytest.raises(UnknownMask):
+        names.mask(f"medical@{SHA[:11]}")
+
+
+def test_what_is_unknown_is_refused_with_what_there_is(names: Names):
+    names.alias("legal", {"legal@v1": 1})
+    with pytest.raises(UnknownMask, match="no mask 'nope'; known: legal, legal@v1, legal@v2, medical, none"):
+        names.resolve(None, query="nope")
+    with pytest.raises(UnknownMask, match="its file was refused: it is cut off"):
+        names.mask("broken")
+    with pytest.raises(UnknownMask, match="'legal' is an alias for legal@v1"):
+        names.mask("legal")
+    with pytest.raises(UnknownModel, match="no model 'other:legal'"):
+        names.resolve("other:legal")
+
+
+@pytest.mark.parametrize("name", ["medical", "none", "base", "", "../x", "a b", "x@0123456789ab"])
+def test_an_alias_cannot_take_a_name_that_means_something_else(names: Names, name: str):
+    with pytest.raises(BadAlias):
+        names.alias(name, {"medical": 1})
+
+
+def test_an_alias_points_to_masks_only(names: Names):
+    names.alias("legal", {"legal@v1": 1})
+    with pytest.raises(BadAlias, match="'legal', which is no mask"):
+        names.alias("law", {"legal": 1})
+
+
+def test_an_alias_whose_mask_is_gone_says_so_and_shifts_no_traffic(names: Names):
+    names.alias("legal", {"legal@v1": 1, "legal@v2": 1})
+    del names.known["legal@v2"]
+    with pytest.raises(UnknownMask, match="no mask 'legal@v2'"):
+        names.resolve(None, query="legal")
+
+
+def test_aliases_and_pins_outlive_the_server(names: Names):
+    names.alias("legal", {"legal@v1": 90, "legal@v2": 10})
+    names.pin("medical", True)
+    again = Names(names.file, "base", names.known, {})
+    assert again.aliases == {"legal": {"legal@v1": 90, "legal@v2": 10}}
+    assert again.pinned == {"medical"}
+    assert again.pointing("legal@v2") == ["legal"]
+    again.unalias("legal")
+    again.pin("medical", False)
+    assert json.loads(names.file.read_text()) == {"aliases": {}, "pinned": []}
+
+
+def test_what_cannot_be_kept_is_not_done(names: Names, tmp_path: Path):
+    names.file = tmp_path / "missing" / "masks.json"
+    with pytest.raises(UnwritableFolder, match="No such file or directory"):
+        names.alias("legal", {"legal@v1": 1})
+    assert names.aliases == {}
+
+
+@pytest.mark.parametrize("content", ["{", '{"alias": {}}', '{"aliases": {"a": {"b": 0}}}', '{"aliases": {"a": {}}}'])
+def test_a_damaged_state_file_is_refused_at_start(names: Names, content: str):
+    names.file.write_text(content)
+    with pytest.raises(BadState, match="masks.json"):
+        Names(names.file, "base", {}, {})
