@@ -10,11 +10,12 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server import admin, errors
-from server.engine.client import Engine
+from server.engine.client import Engine, EngineGone
 from server.engine.openai import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EngineDeadError,
     TokenizeRequest,
     answer,
     get_prometheus_registry,
@@ -60,7 +61,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
         name = UNKNOWN
         try:
             if not engine.up:
-                raise EngineDown("the engine has died, and another is starting")
+                raise EngineDown()
             while mask := masks.names.resolve(request.model, query=query, body=request.mask, header=header):
                 name = mask.name
                 until_sent.enter_context(engine.using(mask))  # no await since `resolve`
@@ -135,7 +136,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
     async def health() -> Response:
         """200 while requests can be answered."""
         if not engine.up or engine.llm.errored:
-            raise EngineDown("the engine has died, and another is starting")
+            raise EngineDown()
         return Response()
 
     @app.get("/version")
@@ -150,4 +151,6 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
     app.include_router(admin.routes(masks, engine.capacity))
     await engine.mount(app)
     app.add_exception_handler(ServerError, errors.handle)
+    for death in (EngineDeadError, EngineGone):
+        app.add_exception_handler(death, errors.engine_died)
     return app

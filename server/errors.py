@@ -89,11 +89,12 @@ class EngineDown(ServerError):
     param = None
     headers = {"Retry-After": "10"}
 
+    def __init__(self) -> None:
+        super().__init__("the engine has died, and another is starting: try again in a while")
+
 
 class RefusedMask(ServerError):
     """A mask file that is broken or belongs to another base."""
-
-    status = 422
 
 
 class UnavailableMask(ServerError):
@@ -107,6 +108,11 @@ def body(error: ServerError) -> dict[str, Any]:
     """OpenAI's error object; `code` is the status, as vLLM has it."""
     details = {"message": str(error), "type": type(error).__name__, "param": error.param}
     return {"error": {**details, "code": error.status}}
+
+
+async def engine_died(request: Request, _: Exception) -> JSONResponse:
+    """FastAPI's handler for whatever says that the engine died under a request."""
+    return await handle(request, EngineDown())
 
 
 async def handle(_: Request, error: Exception) -> JSONResponse:

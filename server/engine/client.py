@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from socket import socket
@@ -27,6 +28,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
@@ -40,6 +42,7 @@ from maskllm.capacity import Capacity, measure
 from maskllm.kernels.masked_linear import bf16_on_cpu
 from server.engine.linear import NAME
 from server.engine.plugin import register
+from server.errors import EngineDown
 from server.masks import Mask
 from server.metrics import Finished, Metrics
 from server.names import DENSE
@@ -53,6 +56,13 @@ WATCH_S = 0.2
 
 class BadOptions(ValueError):
     """Options that vLLM takes and masks do not."""
+
+
+class EngineGone(GracefulHTTPError):
+    """The engine died under a request, which vLLM answers as it does other errors, streams too."""
+
+    def __init__(self) -> None:
+        super().__init__(str(EngineDown()), HTTPStatus(EngineDown.status))
 
 
 class MaskedLLM(AsyncLLM):
@@ -87,6 +97,8 @@ class MaskedLLM(AsyncLLM):
                         last = output
                         tokens += sum(len(choice.token_ids) for choice in output.outputs)
                         yield output
+            except EngineDeadError:
+                raise EngineGone from None
             finally:
                 self.metrics.finish(_finished(name, begin, last, tokens))
 

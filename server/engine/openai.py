@@ -12,6 +12,7 @@ from vllm.entrypoints.serve.tokenize.api_router import detokenize as text_of_tok
 from vllm.entrypoints.serve.tokenize.api_router import tokenize as tokens_of_text
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as vllm_version
 
@@ -19,6 +20,7 @@ __all__ = [
     "ChatCompletionRequest",
     "CompletionRequest",
     "DetokenizeRequest",
+    "EngineDeadError",
     "TokenizeRequest",
     "answer",
     "get_prometheus_registry",

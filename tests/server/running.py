@@ -34,19 +34,20 @@ class Server:
     masks: Path
     log: Path
     process: subprocess.Popen[bytes]
+    slots: int = SLOTS
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120)
 
 
 @contextmanager
-def serving(masks: Path, log: Path) -> Iterator[Server]:
+def serving(masks: Path, log: Path, *options: str) -> Iterator[Server]:
     """The demo base under the masks of a folder, in fp32, until the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "server", "--model", BASE, "--masks", masks]
-    command += ["--host", "127.0.0.1", "--port", port, "--slots", SLOTS, "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", port, "--slots", SLOTS, "--dtype", "float32", *options]
     with log.open("wb") as out:
         process = subprocess.Popen(
             [str(word) for word in command],

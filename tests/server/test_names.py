@@ -1,4 +1,4 @@
-"""What names mean, without an engine: masks, versions, aliases, and what is kept from one start to the next."""
+"""What names mean, without an engine: masks, versions, aliases, and what a start keeps of the last."""
 
 import json
 import random
@@ -111,8 +111,10 @@ def test_what_cannot_be_kept_is_not_done(names: Names, tmp_path: Path):
     assert names.aliases == {}
 
 
-@pytest.mark.parametrize("content", ["{", '{"alias": {}}', '{"aliases": {"a": {"b": 0}}}', '{"aliases": {"a": {}}}'])
+@pytest.mark.parametrize(
+    "content", ["{", '{"alias": {}}', '{"aliases": {"a": {"b": 0}}}', '{"aliases": {"a": {}}}']
+)
 def test_a_damaged_state_file_is_refused_at_start(names: Names, content: str):
     names.file.write_text(content)
-    with pytest.raises(BadState, match="masks.json"):
+    with pytest.raises(BadState, match=r"masks\.json"):
         Names(names.file, "base", {}, {})

@@ -1,0 +1,127 @@
+"""What the server survives: its engine's death, too many masks for its memory, and being told to stop.
+
+These tests need a server that nobody else uses. They run in order, and the last one ends it.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+from running import MASKS, Server, serving
+
+LONG = {"prompt": "The Secretary shall", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+SHORT = {"prompt": "The Secretary shall", "max_tokens": 8, "temperature": 0}
+PACKED = 3
+"""Masks that host memory may hold: fewer than there are."""
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("masks")
+    for file in MASKS.glob("*.safetensors"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "masks.json").write_text('{"aliases": {"law": {"legal": 1}}, "pinned": ["legal"]}')
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with serving(folder, log, "--packed", str(PACKED), "--enforce-eager") as server:
+        yield server
+
+
+def in_flight(server: Server, **options) -> tuple[threading.Thread, list[httpx.Response]]:
+    """A long request, sent from a thread; returns once it is being answered."""
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        with server.client() as client:
+            answers.append(client.post("/v1/completions", params={"mask": "legal"}, json={**LONG, **options}))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    with server.client() as client:
+        while not client.get("/v1/masks/legal").json()["in_flight"]:
+            time.sleep(0.01)
+    time.sleep(0.2)
+    return thread, answers
+
+
+def test_what_was_pinned_and_named_is_there_from_the_start(lone: Server):
+    with lone.client() as api:
+        assert api.get("/v1/masks/legal").json()["state"] == "resident"
+        answer = api.post("/v1/completions", params={"mask": "law"}, json=SHORT)
+        assert answer.headers["X-Mask"].startswith("legal@")
+
+
+def test_host_memory_holds_no_more_masks_than_it_may_and_frees_the_least_recently_used(lone: Server):
+    with lone.client() as api:
+        for name in ("medical", "code", "medical", "novels"):
+            assert api.post("/v1/completions", params={"mask": name}, json=SHORT).status_code == 200
+        states = {mask["id"]: mask["state"] for mask in api.get("/v1/masks").json()["data"]}
+        here = {name for name, state in states.items() if state != "known"}
+        assert here == {"legal", "medical", "novels"}  # pinned, and the last two
+        assert api.post("/v1/completions", params={"mask": "code"}, json=SHORT).status_code == 200
+
+
+def test_a_folder_that_cannot_be_written_refuses_uploads_and_serves_on(lone: Server):
+    if os.geteuid() == 0:
+        lone.masks.joinpath("blocked.safetensors").mkdir()  # root may write everywhere, but over no folder
+    else:
+        lone.masks.chmod(0o500)
+    content, binary = (MASKS / "legal.safetensors").read_bytes(), {"content-type": "application/octet-stream"}
+    with lone.client() as api:
+        refused = api.put("/v1/masks/blocked", content=content, headers=binary)
+        assert refused.status_code == 507
+        assert "the masks folder cannot be written" in refused.json()["error"]["message"]
+        assert api.get("/v1/masks/blocked").status_code == 404
+        assert api.post("/v1/completions", params={"mask": "legal"}, json=SHORT).status_code == 200
+    lone.masks.chmod(0o700)
+    assert not list(lone.masks.glob("*.partial"))
+
+
+def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_same_masks(lone: Server):
+    with lone.client() as api:
+        before = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT).json()["choices"]
+        states = {mask["id"]: mask["state"] for mask in api.get("/v1/masks").json()["data"]}
+        whole, answers = in_flight(lone)
+        stream, chunks = in_flight(lone, stream=True)
+        engine = next(p for p in psutil.Process(lone.process.pid).children() if "EngineCore" in p.name())
+        engine.kill()
+        killed = time.monotonic()
+        whole.join(5)
+        stream.join(5)
+        assert time.monotonic() - killed < 5
+        assert answers[0].status_code == 503
+        assert int(answers[0].headers["Retry-After"]) > 0
+        assert '"code": 503' in chunks[0].text
+
+        time.sleep(max(0, killed + 2 - time.monotonic()))
+        assert api.get("/health").status_code == 503
+        assert api.post("/v1/completions", params={"mask": "legal"}, json=SHORT).status_code == 503
+        assert api.get("/v1/masks").status_code == 200
+        while api.get("/health").status_code == 503:
+            assert time.monotonic() - killed < 240
+            time.sleep(0.5)
+        after = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT)
+        assert after.json()["choices"] == before
+        again = {mask["id"]: mask["state"] for mask in api.get("/v1/masks").json()["data"]}
+        assert again["legal"] == "resident"
+        assert {n for n, state in again.items() if state == "known"} == {
+            n for n, state in states.items() if state == "known"
+        }
+
+
+def test_told_to_stop_it_refuses_new_requests_finishes_those_in_flight_and_exits_with_0(lone: Server):
+    running = [in_flight(lone), in_flight(lone, stream=True)]
+    lone.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{lone.url}/health")
+    for thread, answers in running:
+        thread.join(60)
+        assert answers[0].status_code == 200
+    assert running[0][1][0].json()["usage"]["completion_tokens"] == 400
+    assert running[1][1][0].text.endswith("data: [DONE]\n\n")
+    assert lone.process.wait(60) == 0

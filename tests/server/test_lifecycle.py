@@ -1,0 +1,198 @@
+"""Masks as living things: where they come from, what state they are in, and what they take."""
+
+import functools
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from running import MASKS, Server, random_mask
+
+from maskllm.core.base import Base
+
+ASK = {"prompt": "The Secretary shall", "max_tokens": 4, "temperature": 0}
+BINARY = {"content-type": "application/octet-stream"}
+
+
+@pytest.fixture
+def api(server: Server):
+    with server.client() as client:
+        yield client
+
+
+def state(api, name: str) -> dict:
+    return api.get(f"/v1/masks/{name}").json()
+
+
+def test_an_upload_is_a_mask_at_once_and_a_file_of_the_folder(api, server: Server):
+    content = (MASKS / "legal.safetensors").read_bytes()
+    made = api.put("/v1/masks/law@v1", content=content, headers=BINARY)
+    assert made.status_code == 201
+    assert made.json()["sha256"] == hashlib.sha256(content).hexdigest()
+    assert (server.masks / "law@v1.safetensors").read_bytes() == content
+    answer = api.post("/v1/completions", params={"mask": "law@v1"}, json=ASK)
+    legal = api.post("/v1/completions", params={"mask": "legal"}, json=ASK)
+    assert answer.json()["choices"] == legal.json()["choices"]
+    assert answer.headers["X-Mask"] == f"law@v1@{made.json()['sha256'][:12]}"
+    assert api.delete("/v1/masks/law@v1").status_code == 204
+
+
+@pytest.mark.parametrize("damage", ["cut off", "garbage", "another base", "too large"])
+def test_an_upload_that_is_no_mask_leaves_the_previous_version_and_no_file(
+    api, server: Server, base: Base, tmp_path: Path, damage: str
+):
+    good = (MASKS / "legal.safetensors").read_bytes()
+    foreign = random_mask(base, tmp_path / "foreign.safetensors", seed=1, fingerprint="1" * 64)
+    bad = {
+        "cut off": good[:1000],
+        "garbage": b"\0" * 5000,
+        "another base": foreign.read_bytes(),
+        "too large": bytes(16 << 20),
+    }[damage]
+    assert api.put("/v1/masks/kept", content=good, headers=BINARY).status_code in (200, 201)
+    before = state(api, "kept")
+    files = sorted(server.masks.iterdir())
+    refused = api.put("/v1/masks/kept", content=bad, headers=BINARY)
+    assert refused.status_code == (413 if damage == "too large" else 400)
+    assert str(server.masks) not in refused.text
+    assert state(api, "kept") == before
+    assert sorted(server.masks.iterdir()) == files
+    assert (server.masks / "kept.safetensors").read_bytes() == good
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """A web server of a folder that holds one mask."""
+    (tmp_path / "far.safetensors").write_bytes((MASKS / "medical.safetensors").read_bytes())
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as there:
+        threading.Thread(target=there.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{there.server_port}"
+        there.shutdown()
+
+
+def test_a_url_brings_a_mask_only_with_its_right_sha256(api, web: str):
+    sha = hashlib.sha256((MASKS / "medical.safetensors").read_bytes()).hexdigest()
+    there = f"{web}/far.safetensors"
+    for body, message in (
+        ({"url": there}, "needs both"),
+        ({"url": there, "sha256": "0" * 64}, f"has sha256 {sha}"),
+        ({"url": f"{web}/nothing", "sha256": sha}, "cannot be read"),
+        ({"url": "file:///etc/passwd", "sha256": sha}, "must start with hf://"),
+        ({"url": f"simplecache::{there}", "sha256": sha}, "must start with hf://"),
+    ):
+        refused = api.put("/v1/masks/far", json=body)
+        assert refused.status_code == 400
+        assert message in refused.json()["error"]["message"]
+        assert state(api, "far")["error"]["code"] == 404
+    assert api.put("/v1/masks/far", json={"url": there, "sha256": sha}).status_code == 201
+    assert state(api, "far")["sha256"] == sha
+    assert api.delete("/v1/masks/far").status_code == 204
+
+
+def test_a_mask_is_known_then_packed_then_resident(api, server: Server, base: Base):
+    random_mask(base, server.masks / "stages.safetensors", seed=7)
+    assert api.put("/v1/masks/stages").json()["state"] == "packed"
+    assert state(api, "stages")["requests"] == 0
+    api.post("/v1/completions", params={"mask": "stages"}, json=ASK)
+    seen = state(api, "stages")
+    assert (seen["state"], seen["requests"], seen["in_flight"]) == ("resident", 1, 0)
+    assert seen["slot"] in range(server.slots)
+    assert seen["last_used"] > 1.7e9
+    assert api.delete("/v1/masks/stages").status_code == 204
+
+
+def test_a_pinned_mask_stays_in_its_slot_whoever_comes(api, server: Server, base: Base):
+    for number in range(server.slots):
+        random_mask(base, server.masks / f"crowd{number}.safetensors", seed=20 + number)
+        assert api.put(f"/v1/masks/crowd{number}").status_code == 201
+    pinned = api.put("/v1/masks/legal/pin").json()
+    assert (pinned["state"], pinned["pinned"]) == ("resident", True)
+    for number in range(server.slots):
+        api.post("/v1/completions", params={"mask": f"crowd{number}"}, json=ASK)
+    assert state(api, "legal")["slot"] == pinned["slot"]
+    assert api.delete("/v1/masks/legal/pin").json()["pinned"] is False
+    api.post("/v1/completions", params={"mask": "crowd0"}, json=ASK)
+    assert state(api, "legal")["state"] == "packed"
+    for number in range(server.slots):
+        assert api.delete(f"/v1/masks/crowd{number}").status_code == 204
+
+
+def test_pins_leave_a_slot_for_the_others(api, server: Server):
+    names = ["legal", "medical", "code", "novels", "stories"][: server.slots - 1]
+    for name in names:
+        assert api.put(f"/v1/masks/{name}/pin").status_code == 200
+    refused = api.put("/v1/masks/general/pin")
+    assert refused.status_code == 503
+    assert (
+        f"{server.slots - 1} masks are pinned in {server.slots} slots" in refused.json()["error"]["message"]
+    )
+    assert state(api, "general")["pinned"] is False
+    assert api.post("/v1/completions", params={"mask": "general"}, json=ASK).status_code == 200
+    for name in names:
+        assert api.delete(f"/v1/masks/{name}/pin").status_code == 200
+
+
+def test_an_alias_answers_says_who_it_was_and_protects_its_masks(api):
+    for version, file in (("v1", "legal"), ("v2", "medical")):
+        api.put(f"/v1/masks/court@{version}", json={"file": f"{file}.safetensors"})
+    weights = {"court@v1": 90, "court@v2": 10}
+    assert api.put("/v1/aliases/court", json={"masks": weights}).status_code == 201
+    assert api.get("/v1/aliases").json()["data"] == [{"id": "court", "object": "alias", "masks": weights}]
+    assert "court" in [model["id"] for model in api.get("/v1/models").json()["data"]]
+    answer = api.post("/v1/completions", json={**ASK, "model": "court"})
+    assert answer.headers["X-Mask"].rpartition("@")[0] in weights
+    assert api.delete("/v1/masks/court@v2").status_code == 409
+    assert api.put("/v1/masks/court", json={"file": "legal.safetensors"}).status_code == 400
+    assert api.put("/v1/aliases/court", json={"masks": {"court@v1": 1}}).status_code == 200
+    assert api.delete("/v1/masks/court@v2").status_code == 204
+    assert api.delete("/v1/aliases/court").status_code == 204
+    assert api.delete("/v1/masks/court@v1").status_code == 204
+
+
+def test_what_answers_requests_without_a_mask_can_be_chosen(api):
+    assert api.put("/v1/aliases/default", json={"masks": {"legal": 1}}).status_code == 201
+    assert api.post("/v1/completions", json=ASK).headers["X-Mask"].startswith("legal@")
+    assert api.post("/v1/completions", params={"mask": "none"}, json=ASK).headers["X-Mask"] == "none"
+    assert api.delete("/v1/aliases/default").status_code == 204
+    assert api.post("/v1/completions", json=ASK).headers["X-Mask"] == "none"
+
+
+def test_deleting_masks_gives_the_engine_its_memory_back(api, server: Server, base: Base):
+    def engine_bytes() -> int:
+        return sum(p.memory_info().rss for p in psutil.Process(server.process.pid).children(recursive=True))
+
+    names = [f"heavy{number}" for number in range(60)]
+    content = random_mask(base, server.masks / "heavy.safetensors", seed=9).read_bytes()
+    size = state(api, "legal")["packed_bytes"]
+
+    def fill_and_empty() -> tuple[int, int]:
+        empty = engine_bytes()
+        for name in names:
+            assert api.put(f"/v1/masks/{name}", json={"file": "heavy.safetensors"}).status_code == 201
+        full = engine_bytes()
+        for name in names:
+            assert api.delete(f"/v1/masks/{name}").status_code == 204
+        return full - empty, full - engine_bytes()
+
+    assert content
+    grown, freed = fill_and_empty()
+    assert grown > 0.8 * len(names) * size
+    assert freed > 0.8 * len(names) * size
+
+
+def test_capacity_adds_up(api):
+    capacity = api.get("/v1/capacity").json()
+    each = capacity["bytes"]
+    mask = state(api, "legal")
+    assert each["packed"] == mask["packed_bytes"]
+    assert each["slot"] >= mask["weights"] * 9 / 8 or each["slot"] == mask["weights"]
+    spare = each["free"] - each["base"] - each["kv"] - 1_500_000_000
+    assert capacity["slots"]["most"] == spare // (each["slot"] + each["packed"])
+    assert (
+        capacity["packed"]["limit"] == (spare - capacity["slots"]["total"] * each["slot"]) // each["packed"]
+    )
+    assert capacity["packed"]["known"] == len(api.get("/v1/masks").json()["data"])
