@@ -28,7 +28,7 @@ async def run(settings: Settings) -> None:
         masks = Masks(settings.masks, settings.name, base, engine)
         masks.scan()
         logger.info(memory(await engine.stats()))
-        await engine.serve(await create_app(engine, masks, metrics), sock)
+        await engine.serve(await create_app(engine, masks, metrics, lenient=settings.lenient), sock)
 
 
 def memory(stats: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
@@ -14,9 +14,14 @@ from server import errors
 from server.engine.client import Engine
 from server.engine.openai import (
     ChatCompletionRequest,
+    ChatCompletionResponse,
     CompletionRequest,
+    CompletionResponse,
     DetokenizeRequest,
+    DetokenizeResponse,
+    ModelList,
     TokenizeRequest,
+    TokenizeResponse,
     answer,
     get_prometheus_registry,
     lifespan,
@@ -26,15 +31,16 @@ from server.engine.openai import (
     validate_json_request,
     vllm_version,
 )
-from server.errors import ServerError, UnknownMask
+from server.errors import ErrorBody, ServerError, UnknownMask
 from server.masks import DENSE, SUFFIX, Masks
 from server.metrics import Metrics
+from server.strict import StrictRoute, refuse_unknown
 
 UNKNOWN = "unknown"
 """The mask label of requests whose mask does not exist: names that users invent are no labels."""
 
 
-class MaskSource(BaseModel):
+class MaskSource(BaseModel, extra="forbid"):
     """Where `PUT /v1/masks/{name}` finds the mask."""
 
     file: str | None = None
@@ -52,9 +58,24 @@ MaskHeader = Annotated[str | None, Header(alias="X-Mask", description="The same,
 UntilSent = Annotated[ExitStack, Depends(_until_sent)]
 
 
-async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
+STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient: bool = False) -> FastAPI:
     """The app of one engine and its masks."""
-    app = FastAPI(title="maskllm", version=version("maskllm"), lifespan=lifespan)
+    app = FastAPI(
+        title="maskllm",
+        version=version("maskllm"),
+        lifespan=lifespan,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+        # vLLM leaves empty tool calls out of an answer, which a schema of its own would call required.
+        separate_input_output_schemas=False,
+    )
+    app.router.route_class = StrictRoute
+
+    def check(request: BaseModel) -> None:
+        if not lenient:
+            refuse_unknown(request)
 
     async def respond(
         request: CompletionRequest | ChatCompletionRequest,
@@ -66,6 +87,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
         """Resolve the mask, load it if this is its first request, let vLLM answer, say which it was."""
         name = UNKNOWN
         try:
+            check(request)
             while mask := masks.resolve(request.model, query=query, body=request.mask, header=header):
                 name = mask.name
                 until_sent.enter_context(engine.using(mask))  # no await since `resolve`
@@ -86,7 +108,11 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
 
     body = [Depends(validate_json_request)]
 
-    @app.post("/v1/completions", dependencies=body)
+    @app.post(
+        "/v1/completions",
+        dependencies=body,
+        responses={200: {"model": CompletionResponse, "content": STREAM}},
+    )
     async def completions(
         request: CompletionRequest,
         raw_request: Request,
@@ -96,7 +122,11 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
     ) -> Response:
         return await respond(request, raw_request, mask, x_mask, until_sent)
 
-    @app.post("/v1/chat/completions", dependencies=body)
+    @app.post(
+        "/v1/chat/completions",
+        dependencies=body,
+        responses={200: {"model": ChatCompletionResponse, "content": STREAM}},
+    )
     async def chat_completions(
         request: ChatCompletionRequest,
         raw_request: Request,
@@ -106,22 +136,24 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
     ) -> Response:
         return await respond(request, raw_request, mask, x_mask, until_sent)
 
-    @app.post("/tokenize", dependencies=body)
+    @app.post("/tokenize", dependencies=body, responses={200: {"model": TokenizeResponse}})
     async def tokenize(request: TokenizeRequest, raw_request: Request) -> Response:
         """Every mask has the base's tokenizer."""
+        check(request)
         masks.resolve(request.model)
         request.model = masks.base_name
         response: Response = await tokens_of_text(request, raw_request)
         return response
 
-    @app.post("/detokenize", dependencies=body)
+    @app.post("/detokenize", dependencies=body, responses={200: {"model": DetokenizeResponse}})
     async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
+        check(request)
         masks.resolve(request.model)
         request.model = masks.base_name
         response: Response = await text_of_tokens(request, raw_request)
         return response
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={200: {"model": ModelList}})
     async def models(raw_request: Request) -> Any:
         """The base and every mask, which has the base as `parent`."""
         cards = await raw_request.app.state.openai_serving_models.registry.show_available_models()
@@ -148,7 +180,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
             raise UnknownMask(f"{DENSE!r} is the dense base, not a mask")
         return masks.describe(mask)
 
-    @app.put("/v1/masks/{name}")
+    @app.put("/v1/masks/{name}", responses={201: {"description": "A mask of a new name"}})
     async def put_mask(name: str, source: MaskSource | None = None) -> Response:
         """Load a mask from a file under the masks folder, or replace the mask of that name."""
         file = source.file if source and source.file else f"{name}{SUFFIX}"
@@ -164,11 +196,11 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics) -> FastAPI:
     async def show_version() -> Any:
         return {"version": version("maskllm"), "vllm": vllm_version}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         metrics.engine = await engine.stats()
         return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
 
     await engine.mount(app)
-    app.add_exception_handler(ServerError, errors.handle)
+    errors.register(app)
     return app
