@@ -34,7 +34,7 @@ from server.engine.openai import (
 from server.errors import ErrorBody, ServerError, UnknownMask
 from server.masks import DENSE, SUFFIX, Masks
 from server.metrics import Metrics
-from server.strict import StrictRoute, refuse_unknown
+from server.strict import StrictRoute, refuse_loose
 
 UNKNOWN = "unknown"
 """The mask label of requests whose mask does not exist: names that users invent are no labels."""
@@ -73,9 +73,9 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient:
     )
     app.router.route_class = StrictRoute
 
-    def check(request: BaseModel) -> None:
+    async def check(request: BaseModel, raw_request: Request) -> None:
         if not lenient:
-            refuse_unknown(request)
+            await refuse_loose(request, raw_request)
 
     async def respond(
         request: CompletionRequest | ChatCompletionRequest,
@@ -87,7 +87,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient:
         """Resolve the mask, load it if this is its first request, let vLLM answer, say which it was."""
         name = UNKNOWN
         try:
-            check(request)
+            await check(request, raw_request)
             while mask := masks.resolve(request.model, query=query, body=request.mask, header=header):
                 name = mask.name
                 until_sent.enter_context(engine.using(mask))  # no await since `resolve`
@@ -139,7 +139,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient:
     @app.post("/tokenize", dependencies=body, responses={200: {"model": TokenizeResponse}})
     async def tokenize(request: TokenizeRequest, raw_request: Request) -> Response:
         """Every mask has the base's tokenizer."""
-        check(request)
+        await check(request, raw_request)
         masks.resolve(request.model)
         request.model = masks.base_name
         response: Response = await tokens_of_text(request, raw_request)
@@ -147,7 +147,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient:
 
     @app.post("/detokenize", dependencies=body, responses={200: {"model": DetokenizeResponse}})
     async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
-        check(request)
+        await check(request, raw_request)
         masks.resolve(request.model)
         request.model = masks.base_name
         response: Response = await text_of_tokens(request, raw_request)

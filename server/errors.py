@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 TYPES = {
     401: "authentication_error",
@@ -77,8 +78,8 @@ class UnavailableMask(ServerError):
     headers = {"x-should-retry": "false"}  # the openai client would repeat a 409
 
 
-class UnknownField(ServerError):
-    """A field of a body that nobody reads."""
+class BadField(ServerError):
+    """A field of a body that nobody reads, or that has another form."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -128,13 +129,17 @@ async def _http(request: Request, error: Exception) -> Response:
     """No such route, no such method, or a body that cannot be read."""
     assert isinstance(error, HTTPException)
     where = f": {request.method} {request.url.path}" if error.status_code in (404, 405) else ""
-    return _response(error.status_code, f"{error.detail}{where}", None, error.headers or {})
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the router knows only its first route of that path
+        partial = [route for route in request.app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+        headers["Allow"] = ", ".join(sorted({method for route in partial for method in route.methods}))
+    return _response(error.status_code, f"{error.detail}{where}", None, headers)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
     """A body, query or header that does not fit its model, which FastAPI makes a 422."""
     assert isinstance(error, RequestValidationError)
-    faults = [_fault(fault) for fault in error.errors()]
+    faults = list(dict.fromkeys(_fault(fault) for fault in error.errors()))
     told = [f"{where}: {what}" if where else what for where, what in faults[:REPORTED]]
     more = [f"and {len(faults) - REPORTED} more"] if len(faults) > REPORTED else []
     return _response(400, "; ".join(told + more), faults[0][0] or None, {})

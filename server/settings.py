@@ -49,7 +49,7 @@ class Settings(
     int8: smaller and faster, and rounds masked weights and their inputs to 8 bits."""
 
     lenient: CliImplicitFlag[bool] = False
-    """Ignore fields of a request that nobody reads, as vLLM does, where they are refused otherwise."""
+    """Ignore a request's unknown fields and read "1" as 1, as vLLM does; they are refused otherwise."""
 
     engine: CliUnknownArgs = []
     """Options that go to vLLM unchanged."""

@@ -1,15 +1,16 @@
-"""What a body may hold: JSON that every parser reads alike, and no field that nobody reads."""
+"""What a body may hold: JSON that every parser reads alike, fields that somebody reads, of their types."""
 
 from collections.abc import Callable, Coroutine
 from difflib import get_close_matches
 from typing import Any
 
 from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from server.errors import UnknownField, in_shape
+from server.errors import BadField, in_shape
 
 ELSEWHERE = {
     "best_of": "it was removed: use n",
@@ -31,15 +32,37 @@ UNUSED = {"include_obfuscation"}
 """Fields of OpenAI's inner objects that change no answer, and that vLLM's models lack."""
 
 
+async def refuse_loose(body: BaseModel, raw_request: Request) -> None:
+    """Refuse what vLLM's models let pass: fields that nobody reads, and values that are not of their type."""
+    refuse_unknown(body)
+    for at, message in enumerate((await raw_request.json()).get("messages") or []):
+        for field in ("content", "tool_calls"):
+            if isinstance(
+                message.get(field), dict
+            ):  # vLLM iterates over these, and so takes an object's keys
+                raise BadField(
+                    f"{field} of messages.{at} is an object, not an array", f"messages.{at}.{field}"
+                )
+    try:
+        type(body).model_validate_json(await raw_request.body(), strict=True)
+    except ValidationError as error:
+        # JSON has no bytes: vLLM takes embeddings as text in base64.
+        faults = [fault for fault in error.errors() if fault["loc"][0] != "prompt_embeds"]
+        if faults:
+            raise RequestValidationError(
+                [{**fault, "loc": ("body", *fault["loc"])} for fault in faults]
+            ) from None
+
+
 def refuse_unknown(body: BaseModel, at: str = "") -> None:
-    """Raise UnknownField for a field that the body's model, or one within it, does not declare."""
+    """Raise BadField for a field that the body's model, or one within it, does not declare."""
     for name in body.model_extra or {}:
         if name not in UNUSED:
             fields = type(body).model_fields
             near = get_close_matches(name, [field.alias or key for key, field in fields.items()], n=1)
             instead = f"did you mean {at + near[0]!r}?" if near else "it would change nothing"
             hint = ELSEWHERE.get(at + name, instead)
-            raise UnknownField(f"unknown field {at + name!r}; {hint}", at + name)
+            raise BadField(f"unknown field {at + name!r}; {hint}", at + name)
     for name, value in vars(body).items():
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, BaseModel):
@@ -47,13 +70,24 @@ def refuse_unknown(body: BaseModel, at: str = "") -> None:
 
 
 class StrictRequest(Request):
-    """Its JSON has no NaN, no half of a surrogate pair, no endless nesting, which fail further in."""
+    """Its JSON has no NaN, half surrogate pair, endless nesting or huge number: those fail further in."""
 
     async def json(self) -> Any:
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            value = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
             raise HTTPException(400, f"the body is not JSON: {error}") from None
+        _refuse_huge(value)
+        return value
+
+
+def _refuse_huge(value: Any) -> None:
+    """Refuse integers beyond 64 bits, which the engine cannot be sent. Token ids have bounds of their own."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+        if isinstance(inner, dict) or (isinstance(inner, list) and inner and not isinstance(inner[0], int)):
+            _refuse_huge(inner)
+        elif isinstance(inner, int) and inner.bit_length() > 63:
+            raise HTTPException(400, "the body has an integer beyond 64 bits")
 
 
 class StrictRoute(APIRoute):

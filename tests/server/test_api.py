@@ -172,7 +172,7 @@ def test_a_refused_file_is_no_mask_and_harms_nobody(http, server):
     for name in ("broken", "foreign"):
         assert http.post("/v1/completions", params={"mask": name}, json=ASK).status_code == 404
         answer = http.put(f"/v1/masks/{name}")
-        assert answer.status_code == 422
+        assert answer.status_code == 400
         assert str(server.masks) not in answer.text
     assert http.post("/v1/completions", params={"mask": "legal"}, json=ASK).status_code == 200
 
