@@ -29,7 +29,7 @@ async def run(settings: Settings) -> None:
         masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit)
         masks.scan()
         logger.info("memory: %s", engine.capacity.sum(settings.slots, limit))
-        await create_app(engine, masks, metrics)
+        await create_app(engine, masks, metrics, lenient=settings.lenient)
         await masks.restore()
         await engine.serve(sock, masks.restore, settings.grace_s)
 

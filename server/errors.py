@@ -1,16 +1,52 @@
-"""What can go wrong with a request's mask, each with its status, in OpenAI's error shape."""
+"""What can go wrong with a request, each with its status, in OpenAI's error shape."""
 
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar
 
-from fastapi import Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+"""OpenAI's types; other statuses are the request's fault below 500, and the server's from there on."""
+
+RETRY_AFTER_S = 1
+"""What 429 and 503 say where nobody knows better."""
+
+REPORTED = 3
+"""How many of a body's faults a message lists: one per element of an array can be very many."""
+
+
+class ErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    """The field at fault."""
+    code: int
+    """The HTTP status, as vLLM has it."""
+
+
+class ErrorBody(BaseModel):
+    """What every error of the API looks like."""
+
+    error: ErrorDetails
 
 
 class ServerError(Exception):
     """An error a client sees. Subclasses give the status; `param` names the field at fault."""
 
     status: ClassVar[int] = 400
-    param: ClassVar[str | None] = "mask"
+    param: str | None = "mask"
     headers: ClassVar[dict[str, str]] = {}
 
 
@@ -104,10 +140,17 @@ class UnavailableMask(ServerError):
     headers = {"x-should-retry": "false"}  # the openai client would repeat a 409
 
 
+class BadField(ServerError):
+    """A field of a body that nobody reads, or that has another form."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 def body(error: ServerError) -> dict[str, Any]:
-    """OpenAI's error object; `code` is the status, as vLLM has it."""
-    details = {"message": str(error), "type": type(error).__name__, "param": error.param}
-    return {"error": {**details, "code": error.status}}
+    """OpenAI's error object."""
+    return _body(error.status, str(error), error.param)
 
 
 async def engine_died(request: Request, _: Exception) -> JSONResponse:
@@ -118,4 +161,72 @@ async def engine_died(request: Request, _: Exception) -> JSONResponse:
 async def handle(_: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler for every ServerError."""
     assert isinstance(error, ServerError)
-    return JSONResponse(body(error), error.status, error.headers)
+    return _response(error.status, str(error), error.param, error.headers)
+
+
+def register(app: FastAPI) -> None:
+    """Every exception in one shape: ours, the framework's, and what vLLM's handlers make of theirs."""
+    for kind, theirs in list(app.exception_handlers.items()):
+        app.exception_handlers[kind] = _reshaped(theirs)
+        if isinstance(kind, type) and issubclass(kind, HTTPException):
+            del app.exception_handlers[kind]  # vLLM's forgets what a 405 allows
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(ServerError, handle)
+
+
+def in_shape(response: Response) -> Response:
+    """An error that vLLM wrote, with OpenAI's type; any other response as it is."""
+    if response.status_code < 400 or not isinstance(response, JSONResponse):
+        return response
+    error = json.loads(bytes(response.body))["error"]
+    shaped = _response(response.status_code, error["message"], error["param"], dict(response.headers))
+    shaped.background = response.background
+    return shaped
+
+
+def _reshaped(theirs: Callable[..., Any]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def reshaped(request: Request, error: Exception) -> Response:
+        return in_shape(await theirs(request, error))
+
+    return reshaped
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """No such route, no such method, or a body that cannot be read."""
+    assert isinstance(error, HTTPException)
+    where = f": {request.method} {request.url.path}" if error.status_code in (404, 405) else ""
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the router knows only its first route of that path
+        partial = [route for route in request.app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+        headers["Allow"] = ", ".join(sorted({method for route in partial for method in route.methods}))
+    return _response(error.status_code, f"{error.detail}{where}", None, headers)
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    """A body, query or header that does not fit its model, which FastAPI makes a 422."""
+    assert isinstance(error, RequestValidationError)
+    faults = list(dict.fromkeys(_fault(fault) for fault in error.errors()))
+    told = [f"{where}: {what}" if where else what for where, what in faults[:REPORTED]]
+    more = [f"and {len(faults) - REPORTED} more"] if len(faults) > REPORTED else []
+    return _response(400, "; ".join(told + more), faults[0][0] or None, {})
+
+
+def _fault(fault: Any) -> tuple[str, str]:
+    """Which field, without body or query before it and pydantic's branches within, and what is wrong."""
+    if not isinstance(fault, dict):  # vLLM's, for a content type
+        return "", str(fault)
+    field = [str(part) for part in fault["loc"][1:] if not re.search(r"[\[({]", str(part))]
+    return ".".join(field), fault["msg"].removeprefix("Value error, ")
+
+
+def _body(status: int, message: str, param: str | None) -> dict[str, Any]:
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def _response(status: int, message: str, param: str | None, headers: Mapping[str, str]) -> JSONResponse:
+    kept = {name: value for name, value in headers.items() if not name.startswith("content-")}
+    if status in (429, 503) and not {"retry-after", "Retry-After"} & headers.keys():
+        kept["Retry-After"] = str(RETRY_AFTER_S)
+    return JSONResponse(_body(status, message, param), status, kept)

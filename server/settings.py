@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import PositiveInt, model_validator
-from pydantic_settings import BaseSettings, CliUnknownArgs, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliImplicitFlag, CliUnknownArgs, SettingsConfigDict
 
 
 class Settings(
@@ -53,6 +53,9 @@ class Settings(
     mask_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
     """How a resident mask holds its kept weights. auto: bfloat16 where that is exact, else without kernels.
     int8: smaller and faster, and rounds masked weights and their inputs to 8 bits."""
+
+    lenient: CliImplicitFlag[bool] = False
+    """Ignore a request's unknown fields and read "1" as 1, as vLLM does; they are refused otherwise."""
 
     engine: CliUnknownArgs = []
     """Options that go to vLLM unchanged."""

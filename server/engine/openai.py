@@ -1,27 +1,45 @@
-"""vLLM's OpenAI handlers and request types, with the one field that we add."""
+"""vLLM's OpenAI handlers and request types, with the field that we add and those of OpenAI's it lacks."""
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from vllm.entrypoints.launchers.utils.server_utils import lifespan
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as VLLMChatRequest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest as VLLMCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.serve.engine.protocol import ModelList
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.tokenize.api_router import detokenize as text_of_tokens
 from vllm.entrypoints.serve.tokenize.api_router import tokenize as tokens_of_text
-from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeRequest
+from vllm.entrypoints.serve.tokenize.protocol import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.exceptions import VLLMError
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as vllm_version
 
 __all__ = [
     "ChatCompletionRequest",
+    "ChatCompletionResponse",
     "CompletionRequest",
+    "CompletionResponse",
     "DetokenizeRequest",
+    "DetokenizeResponse",
     "EngineDeadError",
+    "ModelList",
     "TokenizeRequest",
+    "TokenizeResponse",
     "answer",
     "get_prometheus_registry",
     "lifespan",
@@ -33,18 +51,43 @@ __all__ = [
 ]
 
 
-class CompletionRequest(VLLMCompletionRequest):
-    """OpenAI's and vLLM's fields, and a mask."""
+class Masked(BaseModel):
+    """What is ours in both requests."""
+
+    model_config = ConfigDict(allow_inf_nan=False, json_schema_extra={"additionalProperties": False})
 
     mask: str | None = None
     """Mask to answer with, "none" for the dense base."""
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _fails_as_a_bad_request(cls, data: Any, handler: Callable[[Any], Self]) -> Self:
+        """vLLM's validators read bodies before they are checked, and trip over what they do not expect."""
+        try:
+            return handler(data)
+        except (ValidationError, VLLMError):
+            raise
+        except Exception as error:
+            raise ValueError(f"the body does not have the form of a request: {error!r}") from error
 
-class ChatCompletionRequest(VLLMChatRequest):
+
+class CompletionRequest(Masked, VLLMCompletionRequest):
     """OpenAI's and vLLM's fields, and a mask."""
 
-    mask: str | None = None
-    """Mask to answer with, "none" for the dense base."""
+
+class ChatCompletionRequest(Masked, VLLMChatRequest):
+    """OpenAI's and vLLM's fields, and a mask. Those that follow are taken, and change nothing here."""
+
+    metadata: dict[str, Any] | None = None
+    modalities: list[Literal["text"]] | None = None
+    prediction: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    verbosity: Literal["medium"] | None = None
 
 
 def status_of(error: Exception) -> int:

@@ -32,6 +32,11 @@ def test_every_option_can_come_from_the_environment(tmp_path, monkeypatch):
     assert parse("--slots", "5").slots == 5
 
 
+def test_requests_are_read_strictly_unless_told_otherwise(tmp_path):
+    needed = ["--model", "some/base", "--masks", str(tmp_path)]
+    assert (parse(*needed).lenient, parse(*needed, "--lenient").lenient) == (False, True)
+
+
 @pytest.mark.parametrize("option", ["--enable-lora", "--lora-modules=a=b", "--max-loras"])
 def test_lora_options_are_refused_in_so_many_words(tmp_path, option):
     with pytest.raises(ValidationError, match="LoRA adapters and masks cannot be used together yet"):

@@ -1,0 +1,102 @@
+"""What a body may hold: JSON that every parser reads alike, fields that somebody reads, of their types."""
+
+from collections.abc import Callable, Coroutine
+from difflib import get_close_matches
+from typing import Any
+
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from server.errors import BadField, in_shape
+
+ELSEWHERE = {
+    "best_of": "it was removed: use n",
+    "guided_json": 'use structured_outputs={"json": ...} or response_format',
+    "guided_regex": 'use structured_outputs={"regex": ...}',
+    "guided_choice": 'use structured_outputs={"choice": ...}',
+    "guided_grammar": 'use structured_outputs={"grammar": ...}',
+    "guided_decoding_backend": "the server chooses it",
+    "guided_whitespace_pattern": 'use structured_outputs={"whitespace_pattern": ...}',
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "audio": "this server answers with text",
+    "web_search_options": "this server does not search",
+    "moderation": "this server does not moderate",
+}
+"""Fields of OpenAI's, or vLLM's of old, that would change the answer, and what to do instead."""
+
+UNUSED = {"include_obfuscation"}
+"""Fields of OpenAI's inner objects that change no answer, and that vLLM's models lack."""
+
+
+async def refuse_loose(body: BaseModel, raw_request: Request) -> None:
+    """Refuse what vLLM's models let pass: fields that nobody reads, and values that are not of their type."""
+    refuse_unknown(body)
+    for at, message in enumerate((await raw_request.json()).get("messages") or []):
+        for field in ("content", "tool_calls"):
+            if isinstance(
+                message.get(field), dict
+            ):  # vLLM iterates over these, and so takes an object's keys
+                raise BadField(
+                    f"{field} of messages.{at} is an object, not an array", f"messages.{at}.{field}"
+                )
+    try:
+        type(body).model_validate_json(await raw_request.body(), strict=True)
+    except ValidationError as error:
+        # JSON has no bytes: vLLM takes embeddings as text in base64.
+        faults = [fault for fault in error.errors() if fault["loc"][0] != "prompt_embeds"]
+        if faults:
+            raise RequestValidationError(
+                [{**fault, "loc": ("body", *fault["loc"])} for fault in faults]
+            ) from None
+
+
+def refuse_unknown(body: BaseModel, at: str = "") -> None:
+    """Raise BadField for a field that the body's model, or one within it, does not declare."""
+    for name in body.model_extra or {}:
+        if name not in UNUSED:
+            fields = type(body).model_fields
+            near = get_close_matches(name, [field.alias or key for key, field in fields.items()], n=1)
+            instead = f"did you mean {at + near[0]!r}?" if near else "it would change nothing"
+            hint = ELSEWHERE.get(at + name, instead)
+            raise BadField(f"unknown field {at + name!r}; {hint}", at + name)
+    for name, value in vars(body).items():
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, BaseModel):
+                refuse_unknown(inner, f"{at}{name}.")
+
+
+class StrictRequest(Request):
+    """Its JSON has no NaN, half surrogate pair, endless nesting or huge number: those fail further in."""
+
+    async def json(self) -> Any:
+        try:
+            value = from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise HTTPException(400, f"the body is not JSON: {error}") from None
+        _refuse_huge(value)
+        return value
+
+
+def _refuse_huge(value: Any) -> None:
+    """Refuse integers beyond 64 bits, which the engine cannot be sent. Token ids have bounds of their own."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+        if isinstance(inner, dict) or (isinstance(inner, list) and inner and not isinstance(inner[0], int)):
+            _refuse_huge(inner)
+        elif isinstance(inner, int) and inner.bit_length() > 63:
+            raise HTTPException(400, "the body has an integer beyond 64 bits")
+
+
+class StrictRoute(APIRoute):
+    """Reads bodies strictly, and answers with errors in one shape whoever made them."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return in_shape(await handle(StrictRequest(request.scope, request.receive)))
+
+        return handle_strictly

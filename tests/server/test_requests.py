@@ -1,0 +1,158 @@
+"""Requests that are refused at the door, and the one shape in which every error comes."""
+
+import json
+
+import openai
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from openai.types import completion_create_params as completion
+from openai.types.chat import completion_create_params as chat
+from running import Server
+
+from server import errors
+from server.errors import ServerError
+from server.strict import ELSEWHERE, StrictRoute
+
+ASK = {"prompt": "The Secretary shall", "max_tokens": 2, "temperature": 0}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+
+
+@pytest.fixture
+def http(server: Server):
+    with server.client() as client:
+        yield client
+
+
+def error_of(answer, status: int, kind: str = "invalid_request_error", param: str | None = None) -> str:
+    """Check that the error has OpenAI's shape, whole; return its message."""
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    message = error.pop("message")
+    assert error == {"type": kind, "param": param, "code": status}
+    return message
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "hint"),
+    [
+        ({"max_token": 3}, "max_token", "did you mean 'max_tokens'?"),
+        ({"Mask": "legal"}, "Mask", "did you mean 'mask'?"),
+        ({"zzz": 1}, "zzz", "it would change nothing"),
+        ({"best_of": 2}, "best_of", "it was removed: use n"),
+        ({"guided_json": {}}, "guided_json", 'use structured_outputs={"json": ...} or response_format'),
+        (
+            {"stream": True, "stream_options": {"include_usge": True}},
+            "stream_options.include_usge",
+            "did you mean 'stream_options.include_usage'?",
+        ),
+    ],
+)
+def test_a_field_that_nobody_reads_is_refused_by_name(http, body, field, hint):
+    message = error_of(http.post("/v1/completions", json={**ASK, **body}), 400, param=field)
+    assert message == f"unknown field {field!r}; {hint}"
+
+
+def test_unknown_fields_of_tools_and_of_tokenize_are_refused_too(http):
+    tool = {"type": "function", "function": {"name": "f", "parametres": {}}}
+    answer = http.post("/v1/chat/completions", json={**CHAT, "tools": [tool], "tool_choice": "none"})
+    assert "'tools.function.parameters'?" in error_of(answer, 400, param="tools.function.parametres")
+    answer = http.post("/tokenize", json={"prompt": "a", "promt": "b"})
+    assert "'prompt'?" in error_of(answer, 400, param="promt")
+
+
+def test_every_field_of_the_openai_client_is_known_or_refused_for_a_reason(http):
+    """What changes no answer here is taken."""
+    schemas = http.get("/openapi.json").json()["components"]["schemas"]
+    for params, model in ((completion, "CompletionRequest"), (chat, "ChatCompletionRequest")):
+        fields = set(params.CompletionCreateParamsBase.__annotations__)
+        assert fields - schemas[model]["properties"].keys() - ELSEWHERE.keys() == set()
+    unused = {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto"}
+    stream = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    assert http.post("/v1/chat/completions", json={**CHAT, **unused, **stream}).status_code == 200
+
+
+def test_values_of_another_type_are_refused_as_the_schema_says(http):
+    for field, value in (("n", "1"), ("n", True), ("stream", 1), ("temperature", "0")):
+        error_of(http.post("/v1/completions", json={**ASK, field: value}), 400, param=field)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"prompt": ', "the body is not JSON"),
+        (b'{"prompt": "\\ud800"}', "the body is not JSON"),
+        (b'{"prompt": "a", "temperature": NaN}', "the body is not JSON"),
+        (b'{"prompt": "\xff"}', "the body is not JSON"),
+        (b"[" * 100_000, "the body is not JSON"),
+        (b'{"prompt": "a", "stream_interval": 1180591620717411303424}', "beyond 64 bits"),
+    ],
+)
+def test_what_is_not_json_for_everybody_is_a_400(http, body, message):
+    answer = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert message in error_of(answer, 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {**ASK, "logit_bias": {"1": 10**400}}, "logit_bias.1"),
+        ("/v1/completions", {**ASK, "structured_outputs": "x"}, None),
+        ("/v1/completions", {**ASK, "max_tokens": 100_000}, "max_tokens"),
+        ("/v1/chat/completions", {**CHAT, "tools": [{}], "tool_choice": {"function": {"name": "f"}}}, None),
+        ("/v1/chat/completions", {**CHAT, "verbosity": "low"}, "verbosity"),
+    ],
+)
+def test_what_trips_vllm_is_a_400(http, path, body, param):
+    if "logit_bias" in body:
+        body = json.dumps(body).replace(str(10**400), "1e999")
+        answer = http.post(path, content=body, headers={"content-type": "application/json"})
+    else:
+        answer = http.post(path, json=body)
+    error_of(answer, 400, param=param)
+
+
+def test_what_the_framework_refuses_has_the_same_shape(http):
+    assert error_of(http.get("/nope"), 404, "not_found_error") == "Not Found: GET /nope"
+    answer = http.post("/v1/masks/legal")
+    assert "POST /v1/masks/legal" in error_of(answer, 405)
+    assert answer.headers["allow"] == "DELETE, GET, PUT"
+    answer = http.post("/v1/completions", content="prompt=a", headers={"content-type": "text/plain"})
+    assert "application/json" in error_of(answer, 400)
+    error_of(http.put("/v1/masks/legal", json={"fil": "a"}), 400, param="fil")
+
+
+# In process, where no server can be made to fail so.
+
+
+class Broke(ServerError):
+    status = 429
+    param = None
+
+
+def test_types_follow_the_status_and_429_and_503_say_when_to_come_back():
+    app = FastAPI()
+    app.router.route_class = StrictRoute
+
+    @app.get("/{status}")
+    def fail(status: int) -> None:
+        raise type("Failure", (Broke,), {"status": status})("broke")
+
+    errors.register(app)
+    client = TestClient(app)
+    for status, kind in {
+        400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+        404: "not_found_error", 409: "invalid_request_error", 413: "invalid_request_error",
+        429: "rate_limit_error", 500: "server_error", 503: "server_error",
+    }.items():  # fmt: skip
+        answer = client.get(f"/{status}")
+        assert error_of(answer, status, kind) == "broke"
+        assert ("retry-after" in answer.headers) == (status in (429, 503))
+
+
+def test_the_openai_client_raises_what_it_would_for_openai(server: Server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError) as raised:
+            client.completions.create(model="base", **ASK, extra_body={"max_token": 3})
+        assert raised.value.param == "max_token"
+        assert raised.value.type == "invalid_request_error"
