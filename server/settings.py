@@ -44,6 +44,9 @@ class Settings(
     slots: PositiveInt = 8
     """How many masks can be resident, and so be used in one batch, at a time."""
 
+    turn_steps: PositiveInt = 32
+    """For how many steps at least a mask keeps its slot while others wait for one. A swap costs 1 to 3 steps."""
+
     mask_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
     """How a resident mask holds its kept weights. auto: bfloat16 where that is exact, else without kernels.
     int8: smaller and faster, and rounds masked weights and their inputs to 8 bits."""

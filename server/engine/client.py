@@ -164,6 +164,8 @@ async def start(settings: Settings, folder: Path, metrics: Metrics) -> AsyncIter
         if current_platform.is_cpu() and not args.enforce_eager and args.compilation_config.mode is None:
             # vLLM compiles no model with adapters on CPU. Ours can be: masks are inside an opaque operator.
             config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+        ahead = "Async" if config.scheduler_config.async_scheduling else ""
+        config.scheduler_config.scheduler_cls = f"server.engine.scheduler.{ahead}MaskScheduler"
         llm = MaskedLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
         llm.metrics = metrics
         try:
@@ -187,7 +189,9 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         "max-loras": str(settings.slots),
         "max-cpu-loras": str(settings.slots),
         "worker-extension-cls": "server.engine.manager.MaskWorker",
-        "additional-config": json.dumps({"mask_dtype": settings.mask_dtype}),
+        "additional-config": json.dumps(
+            {"mask_dtype": settings.mask_dtype, "turn_steps": settings.turn_steps}
+        ),
     }
     if current_platform.is_cpu():
         # Never less than the checkpoint's; and without instructions for it bf16 halves the speed.
@@ -211,6 +215,7 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         "worker_extension_cls": ours["worker-extension-cls"],
         **({} if compiled else {"enforce_eager": True}),
         "served_model_name": [settings.name],
+        "scheduler_cls": None,
         # One worker and one API process hold the masks' state yet.
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
