@@ -54,8 +54,8 @@ class Mask:
 class Engine(Protocol):
     """What the masks need of the engine."""
 
-    async def load(self, mask: Mask) -> bool:
-        """Bring a mask into the engine's memory; False where the engine refuses it."""
+    async def load(self, mask: Mask) -> str:
+        """Bring a mask into the engine's memory; returns why the engine refuses it, or nothing."""
 
     async def unload(self, mask: Mask) -> None:
         """Wait until no request uses the mask, then free it."""
@@ -201,9 +201,9 @@ class Masks:
 
     async def _load(self, mask: Mask) -> None:
         if mask.id not in self.loaded:
-            if not await self.engine.load(mask):
+            if refusal := await self.engine.load(mask):
                 raise UnavailableMask(
-                    f"mask {mask.name!r} cannot be loaded: {await asyncio.to_thread(self._why, mask)}; "
+                    f"mask {mask.name!r} cannot be loaded: {refusal}; "
                     f"put its file back, or PUT /v1/masks/{mask.name}"
                 )
             self.loaded.add(mask.id)
@@ -212,12 +212,3 @@ class Masks:
         if mask.id in self.loaded:
             self.loaded.discard(mask.id)
             await self.engine.unload(mask)
-
-    def _why(self, mask: Mask) -> str:
-        try:
-            again = self._read(mask.name, mask.path)
-        except (BadMaskName, RefusedMask) as error:
-            return str(error)
-        if again.mask_set.sha256 != mask.mask_set.sha256:
-            return "its file has changed since it was registered"
-        return "the engine refused it, see its log"

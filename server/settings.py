@@ -45,7 +45,7 @@ class Settings(
     """How many masks can be resident, and so be used in one batch, at a time."""
 
     turn_steps: PositiveInt = 32
-    """For how many steps at least a mask keeps its slot while others wait for one. A swap costs 1 to 3 steps."""
+    """For how many steps at least a mask keeps its slot while others wait for one; a swap costs 1 to 3."""
 
     mask_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
     """How a resident mask holds its kept weights. auto: bfloat16 where that is exact, else without kernels.

@@ -27,9 +27,10 @@ writes it between steps, and every step reads it. One place at least must stay f
 class Turns:
     """Whose turn it is.
 
-    A mask with requests gets a place at once while one is free, and keeps it while it has requests and nobody
-    waits. Where a mask waits, the one whose turn has lasted longest, and for `steps` steps at least, gives its
-    place to the one that has waited longest, and queues behind it. A mask without requests gives its place up.
+    A mask with requests gets a place at once while one is free, and keeps it while it has requests and
+    nobody waits. Where a mask waits, the one whose turn has lasted longest, and for `steps` steps at least,
+    gives its place to the one that has waited longest, and queues behind it. A mask without requests gives
+    its place up.
 
     The bound: where M masks wait for S places, the last of them has its turn ceil(M / S) * steps steps later
     at the latest, whatever comes after it. While anybody waits each place changes hands every `steps` steps,
@@ -86,12 +87,12 @@ class MaskScheduler(Scheduler):
     Of a mask whose turn it is not, waiting requests are not admitted and running ones, half-read prompts too,
     stand still: they keep their KV blocks unless somebody needs them. The dense base needs no turn.
 
-    A turn that comes after a wait, or while others wait, begins with the mask's oldest request: once a turn it
-    goes ahead of the queue, and where those that run leave it no place or no KV blocks, some are put back into
-    the queue: the ones that stand still first, then those of whoever has most. So `Turns`' bound is also the
-    one for a mask's first step, given as many sequences (`--max-num-seqs`) as slots; only prompts that were
-    begun before and take all tokens of a step add to it. With `--scheduling-policy priority` masks take
-    turns too, and priorities decide the rest.
+    A turn that comes after a wait, or while others wait, begins with the mask's oldest request: once a turn
+    it goes ahead of the queue, and where those that run leave it no place or no KV blocks, some are put back
+    into the queue: the ones that stand still first, then those of whoever has most. So `Turns`' bound is
+    also the one for a mask's first step, given as many sequences (`--max-num-seqs`) as slots; only prompts
+    that were begun before and take all tokens of a step add to it. With `--scheduling-policy priority` masks
+    take turns too, and priorities decide the rest.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
