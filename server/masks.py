@@ -69,8 +69,8 @@ class Mask:
 class Engine(Protocol):
     """What the masks need of the engine."""
 
-    async def load(self, mask: Mask) -> bool:
-        """Bring a mask into the engine's memory; False where the engine refuses it."""
+    async def load(self, mask: Mask) -> str:
+        """Bring a mask into the engine's memory; returns why the engine refuses it, or nothing."""
 
     async def unload(self, mask: Mask) -> None:
         """Wait until no request uses the mask, then free it."""
@@ -281,9 +281,9 @@ class Masks:
         await self._make_room()
         self._loading += 1
         try:
-            if not await self.engine.load(mask):
+            if refusal := await self.engine.load(mask):
                 raise UnavailableMask(
-                    f"mask {mask.name!r} cannot be loaded: {await asyncio.to_thread(self._why, mask)}; "
+                    f"mask {mask.name!r} cannot be loaded: {refusal}; "
                     f"put its file back, or PUT /v1/masks/{mask.name}"
                 )
             self.packed[mask.id] = mask
@@ -314,12 +314,3 @@ class Masks:
     async def _unload(self, mask: Mask) -> None:
         if self.packed.pop(mask.id, None):
             await self.engine.unload(mask)
-
-    def _why(self, mask: Mask) -> str:
-        try:
-            again = self._read(mask.name, mask.path)
-        except (BadMaskName, RefusedMask) as error:
-            return str(error)
-        if again.mask_set.sha256 != mask.mask_set.sha256:
-            return "its file has changed since it was registered"
-        return "the engine refused it, see its log"

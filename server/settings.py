@@ -50,6 +50,9 @@ class Settings(
     grace_s: PositiveInt = 30
     """Seconds that requests in flight get to finish when the server is told to stop."""
 
+    turn_steps: PositiveInt = 32
+    """For how many steps at least a mask keeps its slot while others wait for one; a swap costs 1 to 3."""
+
     mask_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
     """How a resident mask holds its kept weights. auto: bfloat16 where that is exact, else without kernels.
     int8: smaller and faster, and rounds masked weights and their inputs to 8 bits."""

@@ -52,6 +52,7 @@ logger = logging.getLogger("maskllm")
 
 DRAIN_POLL_S = 0.02
 WATCH_S = 0.2
+LOAD_POLL_S = 0.01
 
 
 class BadOptions(ValueError):
@@ -114,8 +115,11 @@ class Engine:
         self.up = True
         self.adapters: dict[str, LoRARequest] = {}
 
-    async def load(self, mask: Mask) -> bool:
-        """Load a mask into the engine's host memory; False where it refuses the file."""
+    async def load(self, mask: Mask) -> str:
+        """Load a mask into the engine's host memory; returns why it refuses the file, or nothing.
+
+        The worker reads the file beside its steps, which go on meanwhile, so that `add_lora` finds it there.
+        """
         request = LoRARequest(
             lora_name=mask.name,
             lora_int_id=mask.id,
@@ -123,10 +127,18 @@ class Engine:
             # meets the old one's blocks, and the worker checks that it loads what was registered.
             lora_path=f"{mask.path}#{mask.mask_set.sha256}",
         )
-        if not await self.llm.add_lora(request):
-            return False
+        args = (mask.id, request.lora_path)
+        try:
+            while (refusal := (await self.llm.collective_rpc("read_mask", args=args))[0]) is None:
+                await asyncio.sleep(LOAD_POLL_S)
+        except asyncio.CancelledError:
+            await self.llm.remove_lora(mask.id)
+            raise
+        if refusal:
+            return str(refusal)
+        await self.llm.add_lora(request)
         self.adapters[mask.key] = request
-        return True
+        return ""
 
     async def unload(self, mask: Mask) -> None:
         """Free a mask that no new request can name, once those in flight are done."""
@@ -221,6 +233,8 @@ class Engine:
         if current_platform.is_cpu() and not eager and mode is None:
             # vLLM compiles no model with adapters on CPU. Ours can be: masks are inside an opaque operator.
             config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+        ahead = "Async" if config.scheduler_config.async_scheduling else ""
+        config.scheduler_config.scheduler_cls = f"server.engine.scheduler.{ahead}MaskScheduler"
         llm = MaskedLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
         llm.metrics = self.metrics
         return llm
@@ -253,7 +267,9 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         "max-loras": str(settings.slots),
         "max-cpu-loras": str(settings.slots),
         "worker-extension-cls": "server.engine.manager.MaskWorker",
-        "additional-config": json.dumps({"mask_dtype": settings.mask_dtype}),
+        "additional-config": json.dumps(
+            {"mask_dtype": settings.mask_dtype, "turn_steps": settings.turn_steps}
+        ),
     }
     if current_platform.is_cpu():
         # Never less than the checkpoint's; and without instructions for it bf16 halves the speed.
@@ -277,7 +293,9 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         "worker_extension_cls": ours["worker-extension-cls"],
         **({} if compiled else {"enforce_eager": True}),
         "served_model_name": [settings.name],
-        # One worker and one API process hold the masks' state yet.
+        "scheduler_cls": None,
+        # One worker and one API process hold the masks' state yet, and the scheduler is in the worker's.
+        "distributed_executor_backend": None,
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "data_parallel_size": 1,

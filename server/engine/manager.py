@@ -2,13 +2,15 @@
 
 A `MaskManager` takes the place of vLLM's LoRA manager and answers to the same calls, so that vLLM
 schedules, batches and caches masks as it does adapters. It runs in the worker, between steps, on
-one thread. Loading (file to host memory) happens on `add_adapter`; a swap (host memory to slot)
-happens in `set_active_adapters` when a step needs a mask that is not resident.
+one thread. Loading (file to host memory) happens on `add_adapter`, from a file that another thread has
+read meanwhile (`read`); a swap (host memory to slot) happens in `set_active_adapters` when a step needs a
+mask that is not resident.
 """
 
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from maskllm.core.maskset import MaskError, MaskSet
 from maskllm.kernels import DENSE
 from maskllm.kernels.masked_linear import allocate, fill
 from server.engine import linear
+from server.engine.scheduler import pinned
 
 logger = init_logger(__name__)
 
@@ -42,10 +45,11 @@ class MaskManager:
         self.mask_dtype = MASK_DTYPES[vllm_config.additional_config.get("mask_dtype", "auto")]
         self.names: dict[int, str] = {}
         self.packed: dict[int, MaskSet] = {}
+        self.reader = ThreadPoolExecutor(thread_name_prefix="read-mask")
+        self.reads: dict[int, Future[tuple[MaskSet, float]]] = {}  # with the seconds it took
         self.resident: OrderedDict[int, int] = OrderedDict()  # mask id -> slot, least recent first
         self.layers: dict[str, nn.Module] = {}
         self.parts: dict[str, dict[str, tuple[int, int]]] = {}  # engine layer -> mask layers, shapes
-        self.pinned: set[int] = set()
         self.dummies: set[int] = set()
         self.base_bytes = 0
         self.swaps: Counter[tuple[str, str]] = Counter()
@@ -77,32 +81,46 @@ class MaskManager:
             )
         return model
 
-    def add_adapter(self, request: LoRARequest) -> bool:
-        """Load a mask file into host memory. A refusal is logged and False, and changes nothing.
+    def read(self, mask_id: int, path: str) -> str | None:
+        """Have another thread read a mask file; None while it does, then why it is refused, or nothing.
 
-        vLLM's engine loop must not see an exception here: the caller learns the reason by reading
-        the file itself.
+        What was read waits for `add_adapter`. A refusal changes nothing, and the next call reads again.
         """
-        if request.lora_int_id in self.packed:
+        if mask_id in self.packed:
+            return ""
+        if mask_id not in self.reads:
+            self.reads[mask_id] = self.reader.submit(self._read, path)
+        if not self.reads[mask_id].done():
+            return None
+        if (error := self.reads[mask_id].exception()) is None:
+            return ""
+        del self.reads[mask_id]
+        return _refusal(error, Path(path.rpartition("#")[0]).name)
+
+    def add_adapter(self, request: LoRARequest) -> bool:
+        """Load a mask into host memory, at once if it has been read. A refusal is logged and False.
+
+        vLLM's engine loop must not see an exception here.
+        """
+        mask_id, name = request.lora_int_id, request.lora_name
+        if mask_id in self.packed:
             return True
-        path, _, sha256 = request.lora_path.rpartition("#")
-        begin = time.perf_counter()
-        try:
-            mask_set = maskset.load(Path(path))
-            if mask_set.sha256 != sha256:
-                raise MaskError("the file has changed since it was registered")
-            self._check_layers(mask_set)
-        except (OSError, MaskError) as error:
-            logger.warning("mask %s is refused: %s", request.lora_name, error)
+        refusal = self.read(mask_id, request.lora_path)
+        if refusal is None:
+            wait([self.reads[mask_id]])
+            refusal = self.read(mask_id, request.lora_path)
+        if refusal:
+            logger.warning("mask %s is refused: %s", name, refusal)
             return False
-        self.packed[request.lora_int_id] = mask_set
-        self.names[request.lora_int_id] = request.lora_name
-        self._count(request.lora_int_id, "disk", begin)
+        self.packed[mask_id], seconds = self.reads.pop(mask_id).result()
+        self.names[mask_id] = name
+        self._count(mask_id, "disk", time.perf_counter() - seconds)
         return True
 
     def remove_adapter(self, mask_id: int) -> bool:
         """Free a mask's host memory and its slot."""
-        self.pinned.discard(mask_id)
+        pinned.discard(mask_id)
+        self.reads.pop(mask_id, None)
         self.resident.pop(mask_id, None)
         self.names.pop(mask_id, None)
         return self.packed.pop(mask_id, None) is not None
@@ -117,7 +135,7 @@ class MaskManager:
 
     def pin_adapter(self, mask_id: int) -> bool:
         """Bring a mask into a slot and let no other take it."""
-        self.pinned.add(mask_id)
+        pinned.add(mask_id)
         if mask_id not in self.resident:
             self._swap_in(mask_id, keep=[])
         return True
@@ -176,6 +194,14 @@ class MaskManager:
     def supports_tower_connector_lora(self) -> bool:
         return False
 
+    def _read(self, path: str) -> tuple[MaskSet, float]:
+        """Runs beside the steps: nothing here computes with torch, or it would take their threads."""
+        begin = time.perf_counter()
+        file, _, sha256 = path.rpartition("#")
+        mask_set = maskset.reload(Path(file), sha256)
+        self._check_layers(mask_set)
+        return mask_set, time.perf_counter() - begin
+
     def _check_layers(self, mask_set: MaskSet) -> None:
         known = {part: shape for parts in self.parts.values() for part, shape in parts.items()}
         for layer, shape in mask_set.shapes.items():
@@ -192,7 +218,7 @@ class MaskManager:
         slot = next((s for s in range(self.slots) if s not in taken), None)
         if slot is None:
             others = [i for i in self.resident if i not in keep]
-            slot = self.resident.pop(min(others, key=lambda i: i in self.pinned))
+            slot = self.resident.pop(min(others, key=lambda i: i in pinned))
         for name in self.layers:
             self._fill(name, slot, mask_id)
         self.resident[mask_id] = slot
@@ -232,10 +258,26 @@ class MaskManager:
 class MaskWorker:
     """vLLM adds this to its worker class: what the API asks of a worker beyond what vLLM asks."""
 
+    def read_mask(self, mask_id: int, path: str) -> str | None:
+        manager: MaskManager = self.model_runner.lora_manager  # type: ignore[attr-defined]
+        return manager.read(mask_id, path)
+
     def unpin_mask(self, mask_id: int) -> None:
-        self.model_runner.lora_manager.pinned.discard(mask_id)  # type: ignore[attr-defined]
+        pinned.discard(mask_id)
 
     def mask_stats(self) -> dict[str, Any]:
         runner = self.model_runner  # type: ignore[attr-defined]
         manager: MaskManager = runner.lora_manager
         return manager.stats() | {"kv_bytes": sum(cache.nbytes for cache in runner.kv_caches)}
+
+
+def _refusal(error: BaseException, file: str) -> str:
+    """What the client may know of a file that could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return f"no file {file!r} in the masks folder"
+    if isinstance(error, OSError):
+        return f"{file} cannot be read: {error.strerror}"
+    if isinstance(error, MaskError):
+        return str(error)
+    logger.error("%s cannot be read", file, exc_info=error)
+    return f"{file} cannot be read: {type(error).__name__}"

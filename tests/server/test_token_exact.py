@@ -91,6 +91,18 @@ def test_32_concurrent_requests_under_mixed_masks_equal_hugging_face(server: Ser
     assert results.count("near tie") <= 0.02 * len(results)
 
 
+def test_requests_that_stand_still_while_others_have_their_turn_go_on_exactly(server: Server, models):
+    """Five masks on four slots, each for more than three turns."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    masks = [name for name in NAMES if name != "none"]
+    body = {"max_tokens": 100, "temperature": 0, "return_token_ids": True}
+    bodies = [{**body, "mask": name, "prompt": start} for start in STARTS[:2] for name in masks]
+    choices = asyncio.run(ask_all(server.url, bodies))
+    results = [compare(models[b["mask"]], tokenizer, b, c) for b, c in zip(bodies, choices, strict=True)]
+    assert [r for r in results if r.startswith("differs")] == []
+    assert results.count("equal") >= 8
+
+
 def test_the_masks_are_really_different_models(server: Server):
     """Without this the test above could pass with every request answered by one mask."""
     body = {"max_tokens": 24, "temperature": 0, "return_token_ids": True}

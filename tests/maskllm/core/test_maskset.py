@@ -29,6 +29,7 @@ from maskllm.core.maskset import (
     diff,
     from_masks,
     load,
+    reload,
     save,
     verify,
 )
@@ -59,6 +60,18 @@ def test_a_loaded_mask_set_is_the_saved_one(tmp_path: Path) -> None:
     assert loaded.provenance == {"method": "random", "seed": 0}
     assert loaded.scores == {"perplexity": 9.5}
     assert all(torch.equal(loaded.mask(layer), saved.mask(layer)) for layer in ("q", "up"))
+
+
+def test_a_file_read_again_is_what_was_loaded_or_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    sha256 = save(a_mask_set(), path)
+    first, again = load(path), reload(path, sha256)
+    assert again.packed.keys() == first.packed.keys()
+    assert all(torch.equal(again.packed[layer], first.packed[layer]) for layer in first.packed)
+    assert replace(again, packed={}) == replace(first, packed={})
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(DamagedMask, match=r"a\.safetensors has changed since it was registered"):
+        reload(path, sha256)
 
 
 @given(
