@@ -1,8 +1,9 @@
-"""What can go wrong with a request's mask, each with its status, in OpenAI's error shape."""
+"""What can go wrong with a request, each with its status, in OpenAI's error shape."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 
 
@@ -10,8 +11,10 @@ class ServerError(Exception):
     """An error a client sees. Subclasses give the status; `param` names the field at fault."""
 
     status: ClassVar[int] = 400
-    param: ClassVar[str | None] = "mask"
-    headers: ClassVar[dict[str, str]] = {}
+    param: str | None = "mask"
+    type: str | None = None
+    code: ClassVar[str | None] = None
+    headers: Mapping[str, str] | None = None
 
 
 class ContradictingMasks(ServerError):
@@ -44,10 +47,78 @@ class UnavailableMask(ServerError):
     headers = {"x-should-retry": "false"}  # the openai client would repeat a 409
 
 
+class InvalidKey(ServerError):
+    """No API key, or one that the server does not know."""
+
+    status = 401
+    param = None
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+    headers = {"www-authenticate": "Bearer"}
+
+
+class NotAllowed(ServerError):
+    """Something that the caller's key does not give."""
+
+    status = 403
+    param = None
+    type = "invalid_request_error"
+    code = "missing_scope"
+
+
+class TooMuch(ServerError):
+    """A field that asks for more than the server gives."""
+
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class TooLarge(ServerError, HTTPException):
+    """A body that is too large. An HTTPException, too, as FastAPI makes a 400 of others while it reads."""
+
+    status = 413
+    param = None
+    type = "invalid_request_error"
+
+    def __init__(self, most: int) -> None:
+        unread = {"connection": "close"}  # the rest of the body stays unread
+        HTTPException.__init__(
+            self, self.status, f"a body may have {most} bytes, and this one is larger", unread
+        )
+
+    def __str__(self) -> str:
+        return str(self.detail)
+
+
+class RateLimited(ServerError):
+    """A key's limit is reached; `unit` is what of, requests or tokens."""
+
+    status = 429
+    param = None
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, unit: str, retry_after_s: int) -> None:
+        super().__init__(f"{message}; try again in {retry_after_s} s")
+        self.type = unit
+        self.headers = {"retry-after": str(retry_after_s)}
+
+
+class Overloaded(ServerError):
+    """More requests than the server takes at a time."""
+
+    status = 503
+    param = None
+    type = "server_error"
+    headers = {"retry-after": "1"}
+
+
 def body(error: ServerError) -> dict[str, Any]:
-    """OpenAI's error object; `code` is the status, as vLLM has it."""
-    details = {"message": str(error), "type": type(error).__name__, "param": error.param}
-    return {"error": {**details, "code": error.status}}
+    """OpenAI's error object; `code` is the status, as vLLM has it, where OpenAI has no word for it."""
+    details = {"message": str(error), "type": error.type or type(error).__name__, "param": error.param}
+    return {"error": {**details, "code": error.code or error.status}}
 
 
 async def handle(_: Request, error: Exception) -> JSONResponse:

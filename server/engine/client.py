@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager, aclosing, asynccontextmanager, co
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 import vllm.envs as envs
 from fastapi import FastAPI
 from vllm.config import CompilationMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.launcher import NoSignalServer, serve_http, setup_server
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-from vllm.entrypoints.serve.instrumentator.health import router as health_router
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
@@ -34,8 +34,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from maskllm.kernels.masked_linear import bf16_on_cpu
+from server.bounds import BoundedHttp
 from server.engine.linear import NAME
 from server.engine.plugin import register
+from server.logs import CURRENT
 from server.masks import DENSE, Mask
 from server.metrics import Finished, Metrics
 from server.settings import Settings
@@ -73,6 +75,7 @@ class MaskedLLM(AsyncLLM):
         """Every request passes here; the mask is in use until vLLM has finished or aborted it."""
         mask_id, name = (lora_request.lora_int_id, lora_request.lora_name) if lora_request else (0, DENSE)
         begin, last, tokens = time.monotonic(), None, 0
+        entry = CURRENT.get()  # now: an abandoned generator may be closed by another task
         with self.using(mask_id):
             try:
                 # Closed before the count drops: an unload must not reach the engine before the abort.
@@ -82,7 +85,10 @@ class MaskedLLM(AsyncLLM):
                         tokens += sum(len(choice.token_ids) for choice in output.outputs)
                         yield output
             finally:
-                self.metrics.finish(_finished(name, begin, last, tokens))
+                finished = _finished(name, begin, last, tokens)
+                self.metrics.finish(finished)
+                if entry:
+                    entry.finish(finished)
 
 
 class Engine:
@@ -127,19 +133,22 @@ class Engine:
         return stats[0]
 
     async def mount(self, app: FastAPI) -> None:
-        """Give the app vLLM's state, error handlers, middleware, and the routers a user needs."""
+        """Give the app vLLM's state, error handlers and middleware."""
         tasks = await self.llm.get_supported_tasks()
         init_exception_handler(app)
         init_entrypoints_middleware(self.args, app, tasks)
-        app.include_router(health_router)
         await init_app_state(self.llm, app.state, self.args, tasks)
         self.adapters = app.state.openai_serving_models.lora_requests
 
-    async def serve(self, app: FastAPI, sock: Any) -> None:
-        """Answer HTTP until a signal or the engine's death."""
+    async def serve(self, app: FastAPI, sock: Any, aside: tuple[FastAPI, Any] | None) -> None:
+        """Answer HTTP until a signal or the engine's death. `aside` is a second app with its socket."""
+        if aside:
+            config = uvicorn.Config(aside[0], http=BoundedHttp, lifespan="off", access_log=False)
+            second = asyncio.create_task(NoSignalServer(config).serve([aside[1]]))
         closing = await serve_http(
             app,
             sock=sock,
+            http=BoundedHttp,
             host=self.args.host,
             port=self.args.port,
             log_level=self.args.uvicorn_log_level,
@@ -147,6 +156,8 @@ class Engine:
             timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         )
         await closing
+        if aside:
+            second.cancel()
 
 
 @asynccontextmanager
@@ -189,6 +200,8 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         "worker-extension-cls": "server.engine.manager.MaskWorker",
         "additional-config": json.dumps({"mask_dtype": settings.mask_dtype}),
     }
+    if settings.max_completion_tokens:  # for requests that leave it open; others are refused beyond it
+        ours["override-generation-config"] = json.dumps({"max_new_tokens": settings.max_completion_tokens})
     if current_platform.is_cpu():
         # Never less than the checkpoint's; and without instructions for it bf16 halves the speed.
         ours["dtype"] = "bfloat16" if bf16_on_cpu() and _is_bf16(folder) else "float32"
@@ -203,9 +216,13 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
     if not compiled:
         why = "g++ or Python.h is missing" if current_platform.is_cpu() else "it is on a GPU"
         logger.info("the model is not compiled, as %s", why)
-    eager = [] if compiled else ["--enforce-eager"]
-    args = parser.parse_args([*argv, "--enable-lora", *eager, *settings.engine])
+    flags = ["--enable-lora", "--disable-uvicorn-access-log"]  # the request log says more
+    if not compiled:
+        flags.append("--enforce-eager")
+    args = parser.parse_args([*argv, *flags, *settings.engine])
     validate_parsed_serve_args(args)
+    if args.api_key or envs.VLLM_API_KEY:
+        raise BadOptions("--api-key and VLLM_API_KEY: make a key with `maskllm key ID`, and use --keys FILE")
     must = {
         "quantization": NAME,
         "worker_extension_cls": ours["worker-extension-cls"],

@@ -8,6 +8,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest as VLLMCompletionRequest
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.instrumentator.health import router as health_router
 from vllm.entrypoints.serve.tokenize.api_router import detokenize as text_of_tokens
 from vllm.entrypoints.serve.tokenize.api_router import tokenize as tokens_of_text
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeRequest
@@ -22,6 +23,7 @@ __all__ = [
     "TokenizeRequest",
     "answer",
     "get_prometheus_registry",
+    "health_router",
     "lifespan",
     "status_of",
     "text_of_tokens",
