@@ -9,6 +9,7 @@ from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from server import bounds, errors
 from server.access import ADMIN, Access, Caller, Turn, User, named_masks, use
@@ -193,6 +194,7 @@ async def create_app(
     await engine.mount(app)
     app.add_middleware(RequestLog, metrics=metrics)  # last, and so around all
     app.add_exception_handler(ServerError, errors.handle)
+    app.add_exception_handler(HTTPException, errors.handle_http)
     return app
 
 

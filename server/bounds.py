@@ -1,12 +1,17 @@
 """How large a request may be: its headers, its body, and what it asks for."""
 
+from typing import TYPE_CHECKING
+
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.engine.openai import ChatCompletionRequest, CompletionRequest
-from server.errors import TooLarge, TooMuch
+from server.errors import TooMuch
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.engine.openai import ChatCompletionRequest, CompletionRequest
 
 MAX_HEADER_BYTES = 64 * 1024
 
@@ -33,12 +38,11 @@ class BodyLimit:
         async def bounded() -> Message:
             nonlocal read
             most = state["max_body_bytes"]
-            if max(size, read) > most:
-                raise TooLarge(most)
-            message = await receive()
+            message: Message = {} if size > most else await receive()
             read += len(message.get("body", b""))
-            if read > most:
-                raise TooLarge(most)
+            if max(size, read) > most:
+                text = f"a body may have {most} bytes, and this one has more"
+                raise HTTPException(413, text, {"connection": "close"})  # the rest stays unread
             return message
 
         await self.app(scope, bounded, send)
@@ -85,7 +89,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_complete()
 
 
-def check(request: CompletionRequest | ChatCompletionRequest, settings: Settings) -> None:
+def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settings) -> None:
     """Raise TooMuch where a request asks for more than the server gives to one."""
     prompt = getattr(request, "prompt", None)
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fastapi import HTTPException, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 
 class ServerError(Exception):
@@ -76,23 +77,6 @@ class TooMuch(ServerError):
         self.param = param
 
 
-class TooLarge(ServerError, HTTPException):
-    """A body that is too large. An HTTPException, too, as FastAPI makes a 400 of others while it reads."""
-
-    status = 413
-    param = None
-    type = "invalid_request_error"
-
-    def __init__(self, most: int) -> None:
-        unread = {"connection": "close"}  # the rest of the body stays unread
-        HTTPException.__init__(
-            self, self.status, f"a body may have {most} bytes, and this one is larger", unread
-        )
-
-    def __str__(self) -> str:
-        return str(self.detail)
-
-
 class RateLimited(ServerError):
     """A key's limit is reached; `unit` is what of, requests or tokens."""
 
@@ -125,3 +109,10 @@ async def handle(_: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler for every ServerError."""
     assert isinstance(error, ServerError)
     return JSONResponse(body(error), error.status, error.headers)
+
+
+async def handle_http(_: Request, error: Exception) -> JSONResponse:
+    """The same for what fails before a route runs: no such path or method, a body that cannot be parsed."""
+    assert isinstance(error, HTTPException)
+    details = {"message": error.detail, "type": "invalid_request_error", "param": None}
+    return JSONResponse({"error": {**details, "code": error.status_code}}, error.status_code, error.headers)
