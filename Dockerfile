@@ -37,7 +37,8 @@ COPY examples/demo/masks examples/demo/masks
 RUN useradd --create-home --uid 1000 maskllm
 # By number, so that Kubernetes can see that it is not root.
 USER 1000
-ENV MASKLLM_MODEL=examples/demo/base MASKLLM_MASKS=examples/demo/masks
+# Every address of the container, of which Docker publishes what it is told to.
+ENV MASKLLM_MODEL=examples/demo/base MASKLLM_MASKS=examples/demo/masks MASKLLM_HOST=0.0.0.0
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=6 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]

@@ -47,7 +47,9 @@ def tour(masks: Path) -> None:
     (masks / "mine.safetensors").rename(masks / "mine.later")  # so that the server starts without it
 
     port = free_port()
-    command = f"maskllm serve --model {base} --masks {masks} --host 127.0.0.1 --port {port}"
+    admin, entry = new_key()
+    (masks / "keys.json").write_text(json.dumps([entry]))
+    command = f"maskllm serve --model {base} --masks {masks} --keys {masks}/keys.json --port {port}"
     print(f"\n$ {command} &   (its log: {masks}/log)")
     with (masks / "log").open("w") as log:
         server = subprocess.Popen(python(command), stdout=log, stderr=log)
@@ -55,12 +57,19 @@ def tour(masks: Path) -> None:
         url = f"http://127.0.0.1:{port}"
         wait(url, server, masks / "log")
         for name in ("none", "legal", "medical"):
-            ask(f"{url}/v1/completions?mask={name}", "POST", prompt="The Secretary", max_tokens=24, seed=0)
+            ask(
+                f"{url}/v1/completions?mask={name}",
+                "POST",
+                admin,
+                prompt="The Secretary",
+                max_tokens=24,
+                seed=0,
+            )
         (masks / "mine.later").rename(masks / "mine.safetensors")
-        ask(f"{url}/v1/masks/mine", "PUT")
-        ask(f"{url}/v1/completions?mask=mine", "POST", prompt="The Secretary", max_tokens=24, seed=0)
-        ask(f"{url}/v1/masks/mine", "DELETE")
-        ask(f"{url}/v1/completions?mask=mine", "POST", prompt="The Secretary", max_tokens=24)
+        ask(f"{url}/v1/masks/mine", "PUT", admin)
+        ask(f"{url}/v1/completions?mask=mine", "POST", admin, prompt="The Secretary", max_tokens=24, seed=0)
+        ask(f"{url}/v1/masks/mine", "DELETE", admin)
+        ask(f"{url}/v1/completions?mask=mine", "POST", admin, prompt="The Secretary", max_tokens=24)
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
@@ -77,11 +86,21 @@ def python(command: str) -> list[str]:
     return [sys.executable, "-m", "maskllm.cli", *shlex.split(command)[1:]]
 
 
-def ask(url: str, method: str, **body: Any) -> None:
+def new_key() -> tuple[str, dict[str, Any]]:
+    """An API key that may change masks, and its entry for the server."""
+    command = "maskllm key tour --role admin --json"
+    print(f"\n$ {command}", flush=True)
+    made = json.loads(subprocess.run(python(command), check=True, capture_output=True).stdout)
+    return made["key"], made["entry"]
+
+
+def ask(url: str, method: str, key: str, **body: Any) -> None:
     """Send one request, and print it as curl and its answer in short."""
     data = json.dumps(body).encode() if body else None
-    print(f"\n$ curl -X {method} '{url}'" + (f" -d '{data.decode()}'" if data else ""))
-    request = urllib.request.Request(url, data, {"content-type": "application/json"}, method=method)
+    said = f" -H 'Authorization: Bearer {key}'" + (f" -d '{data.decode()}'" if data else "")
+    print(f"\n$ curl -X {method} '{url}'{said}")
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             status, headers, content = answer.status, answer.headers, answer.read()

@@ -4,9 +4,11 @@ the help, and the example in it runs as printed in a checkout of the repository.
 Torch and transformers are imported by the commands that need them, so that `--help` is quick.
 """
 
+import hashlib
 import json
 import os
 import re
+import secrets
 import sys
 from argparse import _ActionsContainer
 from collections.abc import Iterator, Mapping, Sequence
@@ -315,6 +317,38 @@ class Learn(LearnConfig, Command):
             _report(asdict(report), self.as_json)
 
 
+class Key(Command):
+    """Make an API key for `maskllm serve --keys FILE`, and the entry that FILE, a JSON list, needs for it.
+
+    maskllm key alice --masks legal medical --requests-per-minute 60
+
+    The key is shown once and stored nowhere; its entry holds only a hash.
+    """
+
+    id: CliPositionalArg[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]]
+    """Who the key is for: its name in logs and metrics."""
+    role: Literal["use", "admin"] = "use"
+    """use: ask for answers. admin: also add, replace and remove masks."""
+    masks: list[str] = []
+    """Masks and aliases that the key may use, "none" for the dense base; without any, all."""
+    requests_per_minute: PositiveInt | None = None
+    """Most requests a minute."""
+    tokens_per_minute: PositiveInt | None = None
+    """Most tokens a minute, of prompts and answers."""
+    concurrency: PositiveInt | None = None
+    """Most requests in flight at a time."""
+
+    def run(self) -> None:
+        key = f"mk-{secrets.token_urlsafe(32)}"
+        options = self.model_dump(exclude={"as_json", "id"}, exclude_defaults=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        entry = {"id": self.id, "sha256": digest, "role": self.role, **options}
+        if self.as_json:
+            print(json.dumps({"key": key, "entry": entry}))
+        else:
+            print(f"key    {key}\nentry  {json.dumps(entry)}")
+
+
 class Serve(BaseModel):
     """Serve a base and its masks behind an OpenAI-compatible endpoint."""
 
@@ -395,6 +429,8 @@ class Cli(
     """compare two masks"""
     bench: CliSubCommand[Bench]
     """measure the kernels on this machine"""
+    key: CliSubCommand[Key]
+    """make an API key for the server"""
     serve: CliSubCommand[Serve]
     """serve a base and its masks over HTTP"""
 

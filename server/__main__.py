@@ -1,6 +1,7 @@
 """`maskllm serve`: read the settings, start the engine, find the masks, answer."""
 
 import logging
+import socket
 import sys
 
 import uvloop
@@ -9,7 +10,9 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import CliApp
 
 from maskllm.core.base import BadBase, find, read_base
-from server.app import create_app
+from server import logs
+from server.access import Access, BadKeys, read_keys
+from server.app import create_app, monitor
 from server.engine.client import BadOptions, start
 from server.engine.plugin import WrongVLLM
 from server.masks import Masks
@@ -22,16 +25,23 @@ logger = logging.getLogger("maskllm")
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop."""
+    access = Access(read_keys(settings.keys) if settings.keys else [], settings.max_waiting)
     folder = find(settings.model)
     base, metrics = read_base(folder), Metrics()
+    logs.write_to(settings.log_requests)
+    # Bound before the engine starts, as the other port is.
+    aside = socket.create_server((settings.host, settings.metrics_port)) if settings.metrics_port else None
     with start(settings, folder, metrics) as (engine, sock):
         limit = settings.packed or engine.capacity.most_packed(settings.slots)
         masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit)
         masks.scan()
         logger.info("memory: %s", engine.capacity.sum(settings.slots, limit))
-        await create_app(engine, masks, metrics, lenient=settings.lenient)
+        app = await create_app(engine, masks, metrics, access, settings)
         await masks.restore()
-        await engine.serve(sock, masks.restore, settings.grace_s)
+        doors = [(app, sock)]
+        if aside:
+            doors.append((monitor(engine, metrics), aside))
+        await engine.serve(doors, masks.restore, settings.grace_s)
 
 
 def main() -> None:
@@ -42,7 +52,7 @@ def main() -> None:
         sys.exit("\n".join(map(_explain, error.errors())))
     try:
         uvloop.run(run(settings))
-    except (BadBase, BadOptions, BadState, WrongVLLM, OSError) as error:
+    except (BadBase, BadKeys, BadOptions, BadState, WrongVLLM, OSError) as error:
         sys.exit(f"maskllm serve: {error}")
 
 

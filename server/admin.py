@@ -8,10 +8,12 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from maskllm.capacity import Capacity
+from server.access import ADMIN, User
 from server.errors import BadSource, UnknownMask
 from server.masks import SUFFIX, Mask, Masks
 from server.names import DENSE, Weights
 from server.sources import landing
+from server.strict import StrictRoute
 
 
 class MaskSource(BaseModel, extra="forbid"):
@@ -32,24 +34,26 @@ class AliasTargets(BaseModel, extra="forbid"):
 
 def routes(masks: Masks, capacity: Capacity) -> APIRouter:
     """The routes of one engine's masks."""
-    router = APIRouter(prefix="/v1")
+    router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
     async def shown(mask: Mask, status: int = 200) -> JSONResponse:
         return JSONResponse((await masks.describe([mask]))[0], status)
 
     @router.get("/masks")
-    async def list_masks() -> Any:
-        """Every mask, and why files of the folder were refused."""
-        listed = await masks.describe(list(masks.known.values()))
-        return {"object": "list", "data": listed, "refused": masks.refused}
+    async def list_masks(caller: User) -> Any:
+        """Every mask that the caller may use, and why files of the folder were refused."""
+        listed = [mask for name, mask in masks.known.items() if caller.may_use(name)]
+        refused = {name: why for name, why in masks.refused.items() if caller.may_use(name)}
+        return {"object": "list", "data": await masks.describe(listed), "refused": refused}
 
     @router.get("/masks/{name}")
-    async def show_mask(name: str) -> Response:
+    async def show_mask(name: str, caller: User) -> Response:
+        caller.check(name)
         if name == DENSE:
             raise UnknownMask(f"{DENSE!r} is the dense base, not a mask")
         return await shown(masks.names.mask(name))
 
-    @router.put("/masks/{name}")
+    @router.put("/masks/{name}", dependencies=[ADMIN])
     async def put_mask(name: str, request: Request) -> Response:
         """Load a mask, or replace the one of that name, from an upload, a URL or a file of the folder.
 
@@ -58,6 +62,7 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
         """
         masks.check(name)
         if request.headers.get("content-type", "").startswith("application/octet-stream"):
+            request.state.max_body_bytes = masks.most_bytes
             with landing(masks.folder, masks.most_bytes) as landed:
                 await landed.receive(request.stream())
                 mask, new = await masks.put(name, landed.path, keep=True)
@@ -73,41 +78,42 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
                 mask, new = await masks.put(name, masks.path(source.file or f"{name}{SUFFIX}"))
         return await shown(mask, 201 if new else 200)
 
-    @router.delete("/masks/{name}", status_code=204)
+    @router.delete("/masks/{name}", status_code=204, dependencies=[ADMIN])
     async def delete_mask(name: str) -> None:
         """Forget a mask; answers when its last request has finished and its memory is free."""
         await masks.delete(name)
 
-    @router.post("/masks/{name}/load")
+    @router.post("/masks/{name}/load", dependencies=[ADMIN])
     async def load_mask(name: str) -> Response:
         """Bring a mask into host memory before its first request."""
         return await shown(await masks.load(name))
 
-    @router.put("/masks/{name}/pin")
+    @router.put("/masks/{name}/pin", dependencies=[ADMIN])
     async def pin_mask(name: str) -> Response:
         """Keep a mask in a slot, whoever else comes."""
         return await shown(await masks.pin(name, True))
 
-    @router.delete("/masks/{name}/pin")
+    @router.delete("/masks/{name}/pin", dependencies=[ADMIN])
     async def unpin_mask(name: str) -> Response:
         return await shown(await masks.pin(name, False))
 
     @router.get("/aliases")
-    async def list_aliases() -> Any:
-        """Every alias and the masks it stands for, with how often each answers."""
-        return {"object": "list", "data": [_alias(name, each) for name, each in masks.names.aliases.items()]}
+    async def list_aliases(caller: User) -> Any:
+        """Every alias that the caller may use, the masks it stands for, and how often each answers."""
+        aliases = {name: each for name, each in masks.names.aliases.items() if caller.may_use(name)}
+        return {"object": "list", "data": [_alias(name, each) for name, each in aliases.items()]}
 
-    @router.put("/aliases/{name}")
+    @router.put("/aliases/{name}", dependencies=[ADMIN])
     async def put_alias(name: str, targets: AliasTargets) -> Response:
         """Let a name stand for a mask, or for several by weight. `default` answers what names no mask."""
         new = masks.names.alias(name, targets.masks)
         return JSONResponse(_alias(name, targets.masks), 201 if new else 200)
 
-    @router.delete("/aliases/{name}", status_code=204)
+    @router.delete("/aliases/{name}", status_code=204, dependencies=[ADMIN])
     async def delete_alias(name: str) -> None:
         masks.names.unalias(name)
 
-    @router.get("/capacity")
+    @router.get("/capacity", dependencies=[ADMIN])
     async def show_capacity() -> Any:
         """What each thing takes, and how many masks fit where."""
         used = sum(mask["state"] == "resident" for mask in await masks.describe(list(masks.known.values())))

@@ -10,7 +10,8 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from server import admin, errors
+from server import admin, bounds, errors
+from server.access import Access, Caller, Turn, User, use
 from server.engine.client import Engine, EngineGone
 from server.engine.openai import (
     ChatCompletionRequest,
@@ -33,13 +34,16 @@ from server.engine.openai import (
     vllm_version,
 )
 from server.errors import EngineDown, ErrorBody, ServerError
+from server.logs import CURRENT, Entry, RequestLog
 from server.masks import Masks
 from server.metrics import Metrics
 from server.names import DENSE
+from server.settings import Settings
 from server.strict import StrictRoute, refuse_loose
 
 UNKNOWN = "unknown"
 """The mask label of requests whose mask does not exist: names that users invent are no labels."""
+STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 async def _until_sent() -> AsyncIterator[ExitStack]:
@@ -53,15 +57,16 @@ MaskHeader = Annotated[str | None, Header(alias="X-Mask", description="The same,
 UntilSent = Annotated[ExitStack, Depends(_until_sent)]
 
 
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-
-
-async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient: bool = False) -> FastAPI:
-    """The app of one engine and its masks."""
+async def create_app(
+    engine: Engine, masks: Masks, metrics: Metrics, access: Access, settings: Settings
+) -> FastAPI:
+    """The app of one engine and its masks. A route without User, Turn or ADMIN is open to everyone."""
     app = FastAPI(
         title="maskllm",
         version=version("maskllm"),
         lifespan=lifespan,
+        docs_url=None,  # pages that load their scripts from elsewhere
+        redoc_url=None,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
         # vLLM leaves empty tool calls out of an answer, which a schema of its own would call required.
         separate_input_output_schemas=False,
@@ -69,7 +74,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient:
     app.router.route_class = StrictRoute
 
     async def check(request: BaseModel, raw_request: Request) -> None:
-        if not lenient:
+        if not settings.lenient:
             await refuse_loose(request, raw_request)
 
     async def respond(
@@ -78,19 +83,26 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient:
         query: str | None,
         header: str | None,
         until_sent: ExitStack,
+        caller: Caller,
     ) -> Response:
-        """Resolve the mask, load it if this is its first request, let vLLM answer, say which it was."""
-        name = UNKNOWN
+        """Check the request, resolve its mask, load it on first use, let vLLM answer, say which it was."""
+        name, entry = UNKNOWN, CURRENT.get() or Entry("")
+        if settings.log_prompts:
+            entry.prompt = request.messages if isinstance(request, ChatCompletionRequest) else request.prompt
         try:
             await check(request, raw_request)
+            bounds.check(request, settings)
+            ways = {"query": query, "body": request.mask, "header": header}
+            caller.check(*masks.names.named(request.model, **ways).values())
             if not engine.up:
                 raise EngineDown
-            while mask := masks.names.resolve(request.model, query=query, body=request.mask, header=header):
+            while mask := masks.names.resolve(request.model, **ways):
                 name = mask.name
                 until_sent.enter_context(engine.using(mask))  # no await since `resolve`
                 if await masks.ready(mask):
                     break
             name = mask.name if mask else DENSE
+            entry.mask = mask.label if mask else DENSE
             request.model = mask.key if mask else masks.base_name
             response = await answer(request, raw_request)
         except Exception as error:
@@ -103,7 +115,7 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient:
             response.headers["X-Mask"] = mask.label if mask else DENSE
         return response
 
-    body = [Depends(validate_json_request)]
+    body = [Depends(use), Depends(validate_json_request)]
 
     @app.post(
         "/v1/completions",
@@ -114,10 +126,11 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient:
         request: CompletionRequest,
         raw_request: Request,
         until_sent: UntilSent,
+        caller: Turn,
         mask: MaskQuery = None,
         x_mask: MaskHeader = None,
     ) -> Response:
-        return await respond(request, raw_request, mask, x_mask, until_sent)
+        return await respond(request, raw_request, mask, x_mask, until_sent, caller)
 
     @app.post(
         "/v1/chat/completions",
@@ -128,62 +141,87 @@ async def create_app(engine: Engine, masks: Masks, metrics: Metrics, *, lenient:
         request: ChatCompletionRequest,
         raw_request: Request,
         until_sent: UntilSent,
+        caller: Turn,
         mask: MaskQuery = None,
         x_mask: MaskHeader = None,
     ) -> Response:
-        return await respond(request, raw_request, mask, x_mask, until_sent)
+        return await respond(request, raw_request, mask, x_mask, until_sent, caller)
 
-    @app.post("/tokenize", dependencies=body, responses={200: {"model": TokenizeResponse}})
-    async def tokenize(request: TokenizeRequest, raw_request: Request) -> Response:
+    async def as_base(
+        request: TokenizeRequest | DetokenizeRequest, raw_request: Request, caller: Caller
+    ) -> None:
         """Every mask has the base's tokenizer."""
         await check(request, raw_request)
+        caller.check(*masks.names.named(request.model).values())
         masks.names.resolve(request.model)
         request.model = masks.base_name
+
+    @app.post("/tokenize", dependencies=body, responses={200: {"model": TokenizeResponse}})
+    async def tokenize(request: TokenizeRequest, raw_request: Request, caller: Turn) -> Response:
+        await as_base(request, raw_request, caller)
         response: Response = await tokens_of_text(request, raw_request)
         return response
 
     @app.post("/detokenize", dependencies=body, responses={200: {"model": DetokenizeResponse}})
-    async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
-        await check(request, raw_request)
-        masks.names.resolve(request.model)
-        request.model = masks.base_name
+    async def detokenize(request: DetokenizeRequest, raw_request: Request, caller: Turn) -> Response:
+        await as_base(request, raw_request, caller)
         response: Response = await text_of_tokens(request, raw_request)
         return response
 
     @app.get("/v1/models", responses={200: {"model": ModelList}})
-    async def models(raw_request: Request) -> Any:
-        """The base, and every mask and alias, which have the base as `parent`."""
+    async def models(raw_request: Request, caller: User) -> Any:
+        """The base, and every mask and alias that the caller may use, which have the base as `parent`."""
         cards = await raw_request.app.state.openai_serving_models.registry.show_available_models()
         listed = cards.model_dump()
         base = listed["data"][0]
+        named = {name: mask.path.name for name, mask in masks.known.items()}
+        named |= {alias: ", ".join(weights) for alias, weights in masks.names.aliases.items()}
+        listed["data"] = [base] if caller.may_use(DENSE) else []
         listed["data"] += [
             {**base, "id": name, "root": root, "parent": base["id"]}
-            for name, root in [
-                *((mask.name, mask.path.name) for mask in masks.known.values()),
-                *((alias, ", ".join(weights)) for alias, weights in masks.names.aliases.items()),
-            ]
+            for name, root in named.items()
+            if caller.may_use(name)
         ]
         return listed
 
+    @app.get("/version", dependencies=[Depends(use)])
+    async def show_version() -> Any:
+        return {"version": version("maskllm"), "vllm": vllm_version}
+
+    app.include_router(admin.routes(masks, engine.capacity))
+    _add_health(app, engine)
+    if not settings.metrics_port:
+        _add_metrics(app, engine, metrics)
+    app.state.access = access
+    app.add_middleware(bounds.BodyLimit, most=settings.max_body_bytes)
+    await engine.mount(app)
+    app.add_middleware(RequestLog, metrics=metrics)  # last, and so around all
+    errors.register(app)
+    for death in (EngineDeadError, EngineGone):
+        app.add_exception_handler(death, errors.handle_death)
+    return app
+
+
+def monitor(engine: Engine, metrics: Metrics) -> FastAPI:
+    """An app beside the main one, for a port of its own: health and metrics."""
+    app = FastAPI(openapi_url=None)
+    _add_health(app, engine)
+    _add_metrics(app, engine, metrics)
+    errors.register(app)
+    return app
+
+
+def _add_health(app: FastAPI, engine: Engine) -> None:
     @app.get("/health")
     async def health() -> Response:
         """200 while requests can be answered."""
         if not engine.up or engine.llm.errored:
-            raise EngineDown()
+            raise EngineDown
         return Response()
 
-    @app.get("/version")
-    async def show_version() -> Any:
-        return {"version": version("maskllm"), "vllm": vllm_version}
 
+def _add_metrics(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         metrics.engine = await engine.stats()
         return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
-
-    app.include_router(admin.routes(masks, engine.capacity))
-    await engine.mount(app)
-    errors.register(app)
-    for death in (EngineDeadError, EngineGone):
-        app.add_exception_handler(death, errors.engine_died)
-    return app

@@ -47,7 +47,7 @@ class ServerError(Exception):
 
     status: ClassVar[int] = 400
     param: str | None = "mask"
-    headers: ClassVar[dict[str, str]] = {}
+    headers: Mapping[str, str] = {}
 
 
 class ContradictingMasks(ServerError):
@@ -89,7 +89,6 @@ class NoRoom(ServerError):
     """No slot or memory for a mask now."""
 
     status = 503
-    headers = {"Retry-After": "1"}
 
 
 class UnwritableFolder(ServerError):
@@ -148,12 +147,49 @@ class BadField(ServerError):
         self.param = param
 
 
+class InvalidKey(ServerError):
+    """No API key, or one that the server does not know."""
+
+    status = 401
+    param = None
+    headers = {"www-authenticate": "Bearer"}
+
+
+class NotAllowed(ServerError):
+    """Something that the caller's key does not give."""
+
+    status = 403
+    param = None
+
+
+class TooMuch(BadField):
+    """A field that asks for more than the server gives."""
+
+
+class RateLimited(ServerError):
+    """A key's limit is reached."""
+
+    status = 429
+    param = None
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(f"{message}; try again in {retry_after_s} s")
+        self.headers = {"Retry-After": str(retry_after_s)}
+
+
+class Overloaded(ServerError):
+    """More requests than the server takes at a time."""
+
+    status = 503
+    param = None
+
+
 def body(error: ServerError) -> dict[str, Any]:
     """OpenAI's error object."""
     return _body(error.status, str(error), error.param)
 
 
-async def engine_died(request: Request, _: Exception) -> JSONResponse:
+async def handle_death(request: Request, _: Exception) -> JSONResponse:
     """FastAPI's handler for whatever says that the engine died under a request."""
     return await handle(request, EngineDown())
 

@@ -1,4 +1,4 @@
-"""The `maskllm_*` metric families, all by mask; vLLM's own `vllm:*` stay beside them as they are."""
+"""The `maskllm_*` metric families, by mask or API key; vLLM's own `vllm:*` stay as they are beside them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +45,12 @@ class Metrics(Collector):
         )
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.")
         self.queue = histogram("queue_time_seconds", "Waiting to be scheduled.")
+        self.key_requests = Counter(
+            "maskllm_key_requests", "Answered requests by API key.", ["key", "status"], registry=registry
+        )
+        self.key_tokens = Counter(
+            "maskllm_key_tokens", "Prompt and generated tokens by API key.", ["key"], registry=registry
+        )
         self.engine: dict[str, Any] = {}
         registry.register(self)
 

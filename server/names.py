@@ -79,21 +79,23 @@ class Names:
         `named` are the ways that name a mask outright (`query`, `body`, `header`); `model` may be the base, a
         mask, or "base:mask". Raises ContradictingMasks, UnknownMask or UnknownModel.
         """
-        asked = {f"the {way}": name for way, name in named.items() if name is not None}
-        if model is not None and model != self.base_name:
-            base, colon, mask = model.rpartition(":")
-            if base != self.base_name if colon else not self._is_name(model):
-                models = ", ".join([self.base_name, *self.aliases, *self.known])
-                raise UnknownModel(f"no model {model!r}; known: {models}, {self.base_name}:MASK")
-            asked["the model"] = mask
-        if not asked:
-            asked["nothing"] = DEFAULT if DEFAULT in self.aliases else DENSE
+        asked = self.named(model, **named)
+        if "the model" in asked and not self._is_model(str(model), asked["the model"]):
+            models = ", ".join([self.base_name, *self.aliases, *self.known])
+            raise UnknownModel(f"no model {model!r}; known: {models}, {self.base_name}:MASK")
         meant, *others = map(self._meant, asked.values())
         common = {mask: weight for mask, weight in meant.items() if all(mask in other for other in others)}
         if not common:
             details = ", ".join(f"{way} says {name!r}" for way, name in asked.items())
             raise ContradictingMasks(f"the request names different masks: {details}")
         return random.choices(list(common), list(common.values()))[0]
+
+    def named(self, model: str | None, **named: str | None) -> dict[str, str]:
+        """The names that a request gives, known or not, by how it gives them; at least one."""
+        asked = {f"the {way}": name for way, name in named.items() if name is not None}
+        if model is not None and model != self.base_name:
+            asked["the model"] = model.removeprefix(f"{self.base_name}:")
+        return asked or {"nothing": DEFAULT if DEFAULT in self.aliases else DENSE}
 
     def mask(self, name: str) -> "Mask":
         """A mask by its name, or by name@sha with the first digits of its content. Raises UnknownMask."""
@@ -139,8 +141,14 @@ class Names:
         if pinned != (name in self.pinned):
             self._save(State(aliases=self.aliases, pinned=self.pinned ^ {name}))
 
-    def _is_name(self, model: str) -> bool:
-        return model in self.aliases or model in self.known or model.rpartition("@")[0] in self.known
+    def _is_model(self, model: str, name: str) -> bool:
+        """Whether a model is "base:NAME", whatever the name, or a name that there is."""
+        return (
+            model != name
+            or name in self.aliases
+            or name in self.known
+            or name.rpartition("@")[0] in self.known
+        )
 
     def _meant(self, name: str) -> "dict[Mask | None, float]":
         weights = self.aliases.get(name, {name: 1.0})

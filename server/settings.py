@@ -1,10 +1,16 @@
 """Everything the server can be told, by flag or by environment."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import PositiveInt, model_validator
-from pydantic_settings import BaseSettings, CliImplicitFlag, CliUnknownArgs, SettingsConfigDict
+from pydantic import Field, PositiveInt, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    CliToggleFlag,
+    CliUnknownArgs,
+    SettingsConfigDict,
+)
 
 
 class Settings(
@@ -21,7 +27,7 @@ class Settings(
     Example: maskllm serve --model examples/demo/base --masks examples/demo/masks --port 8000
 
     Each option can also be set by environment, as MASKLLM_PORT=9000. Every other option goes to
-    vLLM by its own name, as --max-model-len 4096 or --api-key KEY (see `vllm serve --help`).
+    vLLM by its own name, as --max-model-len 4096 (see `vllm serve --help`).
     """
 
     model_config = SettingsConfigDict(env_prefix="MASKLLM_")
@@ -35,8 +41,8 @@ class Settings(
     name: str = ""
     """Name of the base in the API (default: the last part of --model)."""
 
-    host: str = "0.0.0.0"
-    """Address to listen on."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every one that the machine has."""
 
     port: PositiveInt = 8000
     """Port to listen on."""
@@ -59,6 +65,34 @@ class Settings(
 
     lenient: CliImplicitFlag[bool] = False
     """Ignore a request's unknown fields and read "1" as 1, as vLLM does; they are refused otherwise."""
+
+    keys: str = ""
+    """File of API keys, a JSON list of what `maskllm key` prints; by environment, that list itself.
+    Without keys everyone may use every mask, and nobody may change them."""
+
+    max_body_bytes: PositiveInt = 4 << 20
+    """Largest body of a request."""
+
+    max_n: PositiveInt = 16
+    """Most answers to one prompt (n)."""
+
+    max_prompts: Annotated[int, Field(ge=1, le=1024)] = 128
+    """Most prompts in one request."""
+
+    max_completion_tokens: PositiveInt | None = None
+    """Most tokens that an answer may be asked for; without it, what the model's context leaves."""
+
+    max_waiting: PositiveInt = 1024
+    """Most requests in flight, waiting or running, in all; one more is a 503."""
+
+    metrics_port: PositiveInt | None = None
+    """Port of its own for /metrics, which then is not on the other; /health is on both."""
+
+    log_requests: Path | None = None
+    """File for the request log, JSON lines; stderr without it."""
+
+    log_prompts: CliToggleFlag[bool] = False
+    """Write prompts, too, into the request log. Answers are never written."""
 
     engine: CliUnknownArgs = []
     """Options that go to vLLM unchanged."""

@@ -40,9 +40,11 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from maskllm.capacity import Capacity, measure
 from maskllm.kernels.masked_linear import bf16_on_cpu
+from server.bounds import BoundedHttp
 from server.engine.linear import NAME
 from server.engine.plugin import register
 from server.errors import EngineDown
+from server.logs import CURRENT
 from server.masks import Mask
 from server.metrics import Finished, Metrics
 from server.names import DENSE
@@ -90,6 +92,7 @@ class MaskedLLM(AsyncLLM):
         """Every request passes here; the mask is in use until vLLM has finished or aborted it."""
         mask_id, name = (lora_request.lora_int_id, lora_request.lora_name) if lora_request else (0, DENSE)
         begin, last, tokens = time.monotonic(), None, 0
+        entry = CURRENT.get()  # now: an abandoned generator may be closed by another task
         with self.using(mask_id):
             try:
                 # Closed before the count drops: an unload must not reach the engine before the abort.
@@ -101,7 +104,10 @@ class MaskedLLM(AsyncLLM):
             except EngineDeadError:
                 raise EngineGone from None
             finally:
-                self.metrics.finish(_finished(name, begin, last, tokens))
+                finished = _finished(name, begin, last, tokens)
+                self.metrics.finish(finished)
+                if entry:
+                    entry.finish(finished)
 
 
 class Engine:
@@ -178,25 +184,39 @@ class Engine:
         init_entrypoints_middleware(self.args, app, await self.llm.get_supported_tasks())
         await self._attach()
 
-    async def serve(self, sock: socket, restored: Callable[[], Awaitable[None]], grace_s: int) -> None:
-        """Answer HTTP until a signal, or until the engine will not start again.
+    async def serve(
+        self, doors: list[tuple[FastAPI, socket]], restored: Callable[[], Awaitable[None]], grace_s: int
+    ) -> None:
+        """Answer HTTP, each app on its socket, until a signal, or until the engine will not start again.
 
-        A signal closes the door, lets requests in flight finish for `grace_s` seconds, and ends. `restored`
+        A signal closes the doors, lets requests in flight finish for `grace_s` seconds, and ends. `restored`
         brings the masks into an engine that was started again.
         """
-        config = uvicorn.Config(
-            self.app,
-            log_level=self.args.uvicorn_log_level,
-            access_log=not self.args.disable_uvicorn_access_log,
-            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            timeout_graceful_shutdown=grace_s,
-        )
-        server = NoSignalServer(config)
+        options = {
+            "http": BoundedHttp,
+            "log_level": self.args.uvicorn_log_level,
+            "access_log": not self.args.disable_uvicorn_access_log,
+            "timeout_keep_alive": envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            "timeout_graceful_shutdown": grace_s,
+        }
+        servers = [NoSignalServer(uvicorn.Config(app, **options)) for app, _ in doors]
+
+        def close(*_: object) -> None:
+            for server in servers:
+                server.should_exit = True
+
+        for app, _ in doors:
+            routes = [
+                f"{how} {route.path}" for route in app.routes for how in getattr(route, "methods", ["ANY"])
+            ]
+            logger.info("routes: %s", ", ".join(routes))
         for signal in (SIGINT, SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signal, setattr, server, "should_exit", True)
+            asyncio.get_running_loop().add_signal_handler(signal, close)
         watching = asyncio.create_task(self._watch(restored))
-        watching.add_done_callback(lambda _: setattr(server, "should_exit", True))
-        await server.serve(sockets=[sock])
+        watching.add_done_callback(close)
+        await asyncio.gather(
+            *(server.serve([sock]) for server, (_, sock) in zip(servers, doors, strict=True))
+        )
         if watching.done():
             watching.result()
         watching.cancel()
@@ -258,6 +278,7 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
     """vLLM's own arguments: ours first, so that the user's, which follow, win where both are given."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     register()
+    config = {"mask_dtype": settings.mask_dtype, "turn_steps": settings.turn_steps}
     ours = {
         "model": str(folder),
         "served-model-name": settings.name,
@@ -267,10 +288,10 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         "max-loras": str(settings.slots),
         "max-cpu-loras": str(settings.slots),
         "worker-extension-cls": "server.engine.manager.MaskWorker",
-        "additional-config": json.dumps(
-            {"mask_dtype": settings.mask_dtype, "turn_steps": settings.turn_steps}
-        ),
+        "additional-config": json.dumps(config),
     }
+    if settings.max_completion_tokens:  # for requests that leave it open; others are refused beyond it
+        ours["override-generation-config"] = json.dumps({"max_new_tokens": settings.max_completion_tokens})
     if current_platform.is_cpu():
         # Never less than the checkpoint's; and without instructions for it bf16 halves the speed.
         ours["dtype"] = "bfloat16" if bf16_on_cpu() and _is_bf16(folder) else "float32"
@@ -285,12 +306,17 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
     if not compiled:
         why = "g++ or Python.h is missing" if current_platform.is_cpu() else "it is on a GPU"
         logger.info("the model is not compiled, as %s", why)
-    eager = [] if compiled else ["--enforce-eager"]
-    args = parser.parse_args([*argv, "--enable-lora", *eager, *settings.engine])
+    flags = ["--enable-lora", "--disable-uvicorn-access-log"]  # the request log says more
+    if not compiled:
+        flags.append("--enforce-eager")
+    args = parser.parse_args([*argv, *flags, *settings.engine])
     validate_parsed_serve_args(args)
+    if args.api_key or envs.VLLM_API_KEY:
+        raise BadOptions("--api-key and VLLM_API_KEY: make a key with `maskllm key ID`, and use --keys FILE")
     must = {
         "quantization": NAME,
         "worker_extension_cls": ours["worker-extension-cls"],
+        "additional_config": config,
         **({} if compiled else {"enforce_eager": True}),
         "served_model_name": [settings.name],
         "scheduler_cls": None,

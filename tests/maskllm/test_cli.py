@@ -348,6 +348,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "inspect": cli.Inspect,
     "verify": cli.Verify,
     "diff": cli.Diff,
+    "key": cli.Key,
 }
 
 
@@ -370,7 +371,7 @@ def test_the_example_in_the_help_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     code, help_, _ = run(name, "--help")
     assert code == 0
-    example = re.search(rf"maskllm ({name} examples(?:.*\\\n)*.*)", help_)
+    example = re.search(rf"maskllm ({name} \w(?:.*\\\n)*.*)", help_)
     assert example
     code, out, err = run(*shlex.split(example[1].replace("\\\n", "")), "--json")
     assert code == 0, err

@@ -1,5 +1,6 @@
 """A real server to test: how to start it, and masks it must take or refuse."""
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import httpx
@@ -23,6 +25,14 @@ ROOT = Path(__file__).parents[2]
 BASE = ROOT / "examples/demo/base"
 MASKS = ROOT / "examples/demo/masks"
 SLOTS = 4
+MAX_COMPLETION_TOKENS = 500
+KEYS = {
+    "boss": {"role": "admin"},
+    "acme": {"role": "use", "masks": ["legal"]},
+    "hasty": {"role": "use", "requests_per_minute": 2},
+    "wordy": {"role": "use", "tokens_per_minute": 30},
+    "single": {"role": "use", "concurrency": 1},
+}
 START_S = 240
 
 
@@ -36,8 +46,13 @@ class Server:
     process: subprocess.Popen[bytes]
     slots: int = SLOTS
 
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=120)
+    def client(self, key: str = "boss") -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120, headers=bearer(key))
+
+
+def bearer(key: str = "boss") -> dict[str, str]:
+    """The header of one of KEYS; a key here is its id."""
+    return {"Authorization": f"Bearer {key}"}
 
 
 @contextmanager
@@ -46,8 +61,12 @@ def serving(masks: Path, log: Path, *options: str) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server", "--model", BASE, "--masks", masks]
-    command += ["--host", "127.0.0.1", "--port", port, "--slots", SLOTS, "--dtype", "float32", *options]
+    keys = log.with_name("keys.json")
+    entries = [{"id": id, "sha256": sha256(id.encode()).hexdigest(), **key} for id, key in KEYS.items()]
+    keys.write_text(json.dumps(entries))
+    command = [sys.executable, "-m", "server", "--keys", keys, "--model", BASE, "--masks", masks]
+    command += ["--port", port, "--slots", SLOTS, "--dtype", "float32"]
+    command += ["--max-completion-tokens", MAX_COMPLETION_TOKENS, *options]
     with log.open("wb") as out:
         process = subprocess.Popen(
             [str(word) for word in command],

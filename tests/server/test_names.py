@@ -45,6 +45,14 @@ def test_an_alias_may_send_a_share_to_the_dense_base(names: Names):
     assert {names.resolve("trial") for _ in range(100)} == {None, names.known["medical"]}
 
 
+def test_what_a_request_names_is_every_name_that_it_gives(names: Names):
+    assert list(names.named("base:legal", query=None, header="code").values()) == ["code", "legal"]
+    assert list(names.named("base", query="legal").values()) == ["legal"]
+    assert list(names.named(None).values()) == ["none"]
+    names.alias("default", {"medical": 1})
+    assert list(names.named("base").values()) == ["default"]
+
+
 def test_a_version_and_an_alias_that_stands_for_it_do_not_contradict(names: Names):
     names.alias("legal", {"legal@v1": 99, "legal@v2": 1})
     assert names.resolve("base:legal", header="legal@v2").name == "legal@v2"

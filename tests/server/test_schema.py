@@ -2,7 +2,7 @@
 
 A few examples of each operation run with the other tests. The full run, against a server of your own:
 
-    schemathesis --config-file tests/server/schemathesis.toml run http://localhost:8000/openapi.json -n 1000
+    schemathesis --config-file tests/server/schemathesis.toml run http://localhost:8000/openapi.json -n 1000 -H "Authorization: Bearer KEY"
 """
 
 import subprocess
@@ -27,6 +27,8 @@ def test_no_input_makes_the_server_fail_or_its_schema_lie(server: Server, tmp_pa
         "none",
         "--request-timeout",
         "120",
+        "--header",
+        "Authorization: Bearer boss",
     ]
     done = subprocess.run(
         [str(word) for word in [SCHEMATHESIS, *options, *bounds]],

@@ -24,6 +24,10 @@ def test_the_base_is_named_after_its_folder_unless_told_otherwise(tmp_path):
     assert parse("--model", "some/base", "--masks", str(tmp_path), "--name", "llama").name == "llama"
 
 
+def test_a_server_listens_to_its_own_machine_unless_told_otherwise(tmp_path):
+    assert parse("--model", "some/base", "--masks", str(tmp_path)).host == "127.0.0.1"
+
+
 def test_every_option_can_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKLLM_MODEL", "some/base")
     monkeypatch.setenv("MASKLLM_MASKS", str(tmp_path))
@@ -56,6 +60,8 @@ def test_a_value_that_has_lora_in_it_is_nobodys_business(tmp_path):
             "--served-model-name ['prod'] does not work with masks yet: use --name",
         ),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 does not work with masks yet"),
+        (["--api-key", "secret"], "make a key with `maskllm key ID`, and use --keys FILE"),
+        (["--keys", "gone.json"], "--keys gone.json: No such file or directory"),
     ],
 )
 def test_options_that_masks_cannot_keep_are_refused(tmp_path, options, message):

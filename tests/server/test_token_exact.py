@@ -6,7 +6,7 @@ import itertools
 import httpx
 import pytest
 import torch
-from running import BASE, MASKS, SLOTS, Server
+from running import BASE, MASKS, SLOTS, Server, bearer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.core import maskset
@@ -44,7 +44,7 @@ def requests() -> list[dict[str, object]]:
 
 async def ask_all(url: str, bodies: list[dict[str, object]]) -> list[dict]:
     limits = httpx.Limits(max_connections=64)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, headers=bearer()) as client:
         answers = await asyncio.gather(*(client.post("/v1/completions", json=b) for b in bodies))
     for answer in answers:
         answer.raise_for_status()

@@ -1,0 +1,110 @@
+"""How large a request may be: its headers, its body, and what it asks for."""
+
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.errors import TooMuch
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.engine.openai import ChatCompletionRequest, CompletionRequest
+
+MAX_HEADER_BYTES = 64 * 1024
+
+
+class BodyLimit:
+    """ASGI middleware: a body that is too large is not read to its end, whether it tells its length or not.
+
+    A route that takes more sets `request.state.max_body_bytes` before it reads.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app = app
+        self.most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["max_body_bytes"] = self.most
+        size = int(Headers(scope=scope).get("content-length", 0))
+        read = 0
+
+        async def bounded() -> Message:
+            nonlocal read
+            most = state["max_body_bytes"]
+            message: Message = {} if size > most else await receive()
+            read += len(message.get("body", b""))
+            if max(size, read) > most:
+                text = f"a body may have {most} bytes, and this one has more"
+                raise HTTPException(413, text, {"connection": "close"})  # the rest stays unread
+            return message
+
+        await self.app(scope, bounded, send)
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """uvicorn's faster parser, which sets no bound to what comes before a body, with one.
+
+    Beyond it the answer is a 400, and the connection is closed.
+    """
+
+    _headers = 0
+    """Bytes of the request's headers, and of the trailers after its body."""
+    _pending = 0
+    """Bytes received since the parser last made anything of them."""
+
+    def data_received(self, data: bytes) -> None:
+        self._pending += len(data)
+        super().data_received(data)
+        if self._pending > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"Headers may have {MAX_HEADER_BYTES} bytes.")
+
+    def on_message_begin(self) -> None:
+        self._headers = 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._pending = 0
+        self._headers += len(name) + len(value)
+        if self._headers > MAX_HEADER_BYTES:
+            raise ValueError("headers too large")  # which the parser makes a 400
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._pending = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._pending = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._pending = 0
+        super().on_message_complete()
+
+
+def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settings) -> None:
+    """Raise TooMuch where a request asks for more than the server gives to one."""
+    prompt = getattr(request, "prompt", None)
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    asked = (
+        ("n", request.n, settings.max_n, "answers to a prompt"),
+        ("best_of", getattr(request, "best_of", None), settings.max_n, "answers to a prompt"),
+        ("max_tokens", request.max_tokens, settings.max_completion_tokens, "tokens of an answer"),
+        (
+            "max_completion_tokens",
+            getattr(request, "max_completion_tokens", None),
+            settings.max_completion_tokens,
+            "tokens of an answer",
+        ),
+        ("prompt", prompts, settings.max_prompts, "prompts in a request"),
+    )
+    for param, value, most, what in asked:
+        if isinstance(value, int) and most and value > most:
+            raise TooMuch(f"{value} {what} are too many: this server gives at most {most}", param)

@@ -1,0 +1,126 @@
+"""The request log: one JSON line for each request that ended."""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.metrics import Finished, Metrics
+
+logger = logging.getLogger("maskllm.requests")
+
+ID = re.compile(r"[\x21-\x7e]{1,128}")
+CLIENT_GONE = 499
+"""The status in the log of an answer that its client did not wait for; nginx's."""
+
+
+@dataclass
+class Entry:
+    """What is known of a request so far."""
+
+    id: str
+    key: str | None = None
+    mask: str | None = None
+    status: int | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    ttft_s: float | None = None
+    prompt: Any = None
+    charge: Callable[[int], None] = field(default=lambda _: None, repr=False)
+
+    def finish(self, part: Finished) -> None:
+        """Add what the engine did for one prompt of the request."""
+        self.prompt_tokens += part.prompt_tokens
+        self.completion_tokens += part.generation_tokens
+        if part.ttft_s is not None:
+            self.ttft_s = min(part.ttft_s, self.ttft_s or part.ttft_s)
+        self.charge(part.prompt_tokens + part.generation_tokens)
+
+
+CURRENT: ContextVar[Entry | None] = ContextVar("current request", default=None)
+"""The request that a task works for."""
+
+
+def write_to(file: Path | None) -> None:
+    """Send the log to a file, which may be rotated, or to stderr."""
+    handler = WatchedFileHandler(file) if file else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+
+
+class RequestLog:
+    """ASGI middleware, as a request that cannot even be parsed has an id and a line, too.
+
+    Routes that need no key, which are polled, are logged only where they fail.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        entry = Entry(given if ID.fullmatch(given) else uuid4().hex)
+        others = [header for header in scope["headers"] if header[0] != b"x-request-id"]
+        # vLLM names the request after this header, in the answer's id and in its own log and traces.
+        scope = {**scope, "headers": [*others, (b"x-request-id", entry.id.encode())]}
+        begin, sent = time.monotonic(), False
+
+        async def watched() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not sent:
+                entry.status = CLIENT_GONE
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal sent
+            if message["type"] == "http.response.start":
+                entry.status = entry.status or message["status"]
+                MutableHeaders(raw=message["headers"])["x-request-id"] = entry.id
+            sent = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        token = CURRENT.set(entry)
+        try:
+            await self.app(scope, watched, answer)
+        finally:
+            CURRENT.reset(token)
+            self._end(entry, scope, time.monotonic() - begin)
+
+    def _end(self, entry: Entry, scope: Scope, e2e_s: float) -> None:
+        status = entry.status or 500
+        if entry.key is None and status < 400:
+            return
+        tokens = entry.prompt_tokens + entry.completion_tokens
+        self.metrics.key_requests.labels(entry.key or "", status).inc()
+        self.metrics.key_tokens.labels(entry.key or "").inc(tokens)
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": entry.id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "key": entry.key,
+            "mask": entry.mask,
+            "prompt_tokens": entry.prompt_tokens,
+            "completion_tokens": entry.completion_tokens,
+            "ttft_s": None if entry.ttft_s is None else round(entry.ttft_s, 4),
+            "e2e_s": round(e2e_s, 4),
+        }
+        if entry.prompt is not None:
+            line["prompt"] = entry.prompt
+        logger.info(json.dumps(line))

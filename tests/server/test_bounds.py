@@ -1,0 +1,135 @@
+"""What no client can do to the server: too much in one request."""
+
+import json
+import socket
+from collections.abc import Iterator
+
+import pytest
+from running import MAX_COMPLETION_TOKENS, Server
+
+from server.bounds import MAX_HEADER_BYTES
+
+MAX_BODY_BYTES = 4 << 20
+ASK = {"prompt": "The Secretary shall", "max_tokens": 4}
+JSON = {"content-type": "application/json"}
+
+
+def talk(server: Server, *parts: bytes) -> tuple[int, bytes]:
+    """Send raw bytes until the server answers; how many were sent by then, and the answer."""
+    host, port = server.url.removeprefix("http://").split(":")
+    sent, answer = 0, b""
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        try:
+            for part in parts:
+                connection.sendall(part)
+                sent += len(part)
+            while chunk := connection.recv(65536):
+                answer += chunk
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+    return sent, answer
+
+
+@pytest.mark.parametrize("length", ["declared", "chunked"])
+def test_a_body_that_is_too_large_is_a_413_and_is_not_read_to_its_end(server: Server, length: str):
+    def body() -> Iterator[bytes]:
+        for _ in range(5):
+            yield b" " * (1 << 20)
+
+    content = b" " * (MAX_BODY_BYTES + 1) if length == "declared" else body()
+    with server.client() as http:
+        answer = http.post("/v1/completions", content=content, headers=JSON)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert answer.headers["connection"] == "close"
+        padded = json.dumps(ASK).encode().ljust(MAX_BODY_BYTES)
+        assert http.post("/v1/completions", content=padded, headers=JSON).status_code == 200
+
+
+def test_a_length_that_is_too_large_is_refused_before_a_byte_of_the_body(server: Server):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    _, answer = talk(server, head + b"Authorization: Bearer boss\r\nContent-Length: 9999999\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        b"".join(b"x-%d: a\r\n" % i for i in range(20_000)),
+        b"x: " + b"a" * 300_000,
+        b"x-" * 150_000,
+    ],
+    ids=["many", "long value", "long name"],
+)
+def test_headers_without_end_are_a_400(server: Server, flood: bytes):
+    assert len(flood) > 2 * MAX_HEADER_BYTES
+    head = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+    parts = [head, *(flood[at : at + 1000] for at in range(0, len(flood), 1000))]
+    sent, answer = talk(server, *parts)
+    assert answer.startswith(b"HTTP/1.1 400 ") or sent < len(flood)
+    with server.client() as http:
+        assert http.get("/health", headers={"x": "a" * 30_000}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"prompt": "a", "x": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": ',
+        b"[1]",
+        b"",
+    ],
+    ids=["deep list", "deep object", "not UTF-8", "half a surrogate", "cut off", "a list", "nothing"],
+)
+def test_a_body_that_cannot_be_read_is_a_400_in_openais_shape(server: Server, content: bytes):
+    with server.client() as http:
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            answer = http.post(path, content=content, headers=JSON)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["message"]
+        assert http.post("/v1/completions", json=ASK).status_code == 200
+
+
+def test_a_path_or_method_that_is_not_there_is_an_error_in_openais_shape(server: Server):
+    with server.client() as http:
+        missing, wrong = http.get("/v1/nothing"), http.get("/v1/completions")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, 404)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/completions", {"n": 17}, "n"),
+        ("/v1/completions", {"prompt": ["a"] * 129}, "prompt"),
+        ("/v1/completions", {"prompt": [[1]] * 129}, "prompt"),
+        ("/v1/completions", {"max_tokens": MAX_COMPLETION_TOKENS + 1}, "max_tokens"),
+        (
+            "/v1/chat/completions",
+            {"max_completion_tokens": MAX_COMPLETION_TOKENS + 1},
+            "max_completion_tokens",
+        ),
+        ("/v1/chat/completions", {"n": 17}, "n"),
+    ],
+)
+def test_what_is_more_than_one_request_may_have_is_refused_by_name(server: Server, path, fields, param):
+    base = ASK if path == "/v1/completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    with server.client() as http:
+        answer = http.post(path, json={**base, **fields})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+        assert "are too many: this server gives at most" in answer.json()["error"]["message"]
+
+
+def test_as_much_as_one_request_may_have_is_answered(server: Server):
+    with server.client() as http:
+        for fields in (
+            {"n": 16, "max_tokens": 1},
+            {"prompt": [1] * 200},
+            {"max_tokens": MAX_COMPLETION_TOKENS},
+        ):
+            body = {**ASK, "stop": ["e"], **fields}
+            assert http.post("/v1/completions", json=body).status_code == 200

@@ -1,0 +1,71 @@
+"""What the server writes of each request, and what it does not."""
+
+import json
+import time
+
+import pytest
+from running import Server
+from test_api import label, metric
+
+ASK = {"prompt": "xylophone", "max_tokens": 4, "ignore_eos": True}
+
+
+def line(server: Server, request_id: str) -> dict:
+    """The one line of a request; it is written after the answer."""
+    for _ in range(100):
+        lines = [json.loads(text) for text in server.log.read_text().splitlines() if text.startswith("{")]
+        if found := [line for line in lines if line["request_id"] == request_id]:
+            assert len(found) == 1
+            return found[0]
+        time.sleep(0.05)
+    pytest.fail(f"no line for {request_id}")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_one_line_of_json_without_its_text(server: Server, stream: bool):
+    name = f"test-{stream}"
+    with server.client("acme") as http:
+        before = metric(http, "maskllm_key_tokens_total", key="acme")
+        body = {**ASK, "prompt": ["xylophone"] * 2, "mask": "legal", "stream": stream}
+        answer = http.post("/v1/completions", json=body, headers={"X-Request-Id": name})
+        prompt = len(http.post("/tokenize", json={"model": "legal", "prompt": "xylophone"}).json()["tokens"])
+        logged = line(server, name)
+        assert metric(http, "maskllm_key_tokens_total", key="acme") == before + 2 * prompt + 8
+    assert answer.headers["x-request-id"] == name
+    assert logged.pop("time").endswith("+00:00")
+    assert 0 < logged.pop("ttft_s") < logged.pop("e2e_s") < 60
+    assert logged == {
+        "request_id": name, "method": "POST", "path": "/v1/completions", "status": 200, "key": "acme",
+        "mask": label("legal"), "prompt_tokens": 2 * prompt, "completion_tokens": 8,
+    }  # fmt: skip
+    assert "xylophone" not in server.log.read_text()
+
+
+def test_refusals_are_logged_with_their_status_and_an_id_that_the_client_gets(server: Server):
+    with server.client("stranger") as http:
+        answer = http.post("/v1/completions", json=ASK, headers={"X-Request-Id": "no spaces\tor tabs"})
+    made = answer.headers["x-request-id"]
+    assert len(made) == 32
+    logged = line(server, made)
+    assert (logged["status"], logged["key"], logged["mask"]) == (401, None, None)
+
+
+def test_a_client_that_hangs_up_is_logged_as_499_with_what_it_cost(server: Server):
+    long = {**ASK, "max_tokens": 400, "stream": True}
+    with (
+        server.client() as http,
+        http.stream("POST", "/v1/completions", json=long, headers={"X-Request-Id": "gone"}) as stream,
+    ):
+        next(stream.iter_lines())
+    logged = line(server, "gone")
+    assert logged["status"] == 499
+    assert 1 <= logged["completion_tokens"] < 400
+
+
+def test_health_checks_are_not_logged(server: Server):
+    with server.client() as http:
+        assert http.get("/health", headers={"X-Request-Id": "probe"}).headers["x-request-id"] == "probe"
+        http.get("/version", headers={"X-Request-Id": "after"})
+    assert line(server, "after")["key"] == "boss"
+    assert "probe" not in server.log.read_text()
+    assert '"GET /health HTTP/1.1" 200' not in server.log.read_text()
