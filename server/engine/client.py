@@ -206,10 +206,7 @@ class Engine:
                 server.should_exit = True
 
         for app, _ in doors:
-            routes = [
-                f"{how} {route.path}" for route in app.routes for how in getattr(route, "methods", ["ANY"])
-            ]
-            logger.info("routes: %s", ", ".join(routes))
+            logger.info("routes: %s", ", ".join(_routes(app)))
         for signal in (SIGINT, SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signal, close)
         watching = asyncio.create_task(self._watch(restored))
@@ -332,6 +329,13 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
             hint = "use --name" if option == "served_model_name" else "leave the option out"
             raise BadOptions(f"--{option.replace('_', '-')} {given} does not work with masks yet: {hint}")
     return args
+
+
+def _routes(app: FastAPI) -> Iterator[str]:
+    """Every method and path of an app."""
+    for route in app.routes:
+        for method in getattr(route, "methods", None) or ["ANY"]:
+            yield f"{method} {getattr(route, 'path', route)}"
 
 
 def _capacity(settings: Settings, folder: Path, args: Namespace) -> Capacity:

@@ -21,6 +21,11 @@ PAIRS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "boss")
+
+
 @torch.no_grad()
 def loglikelihood(model, tokenizer, context: str, continuation: str) -> float:
     prompt = len(tokenizer(context).input_ids)

@@ -23,7 +23,7 @@ SCHEMA = {
 
 @pytest.fixture
 def client(server: Server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="boss", max_retries=0) as client:
         yield client
 
 
@@ -109,7 +109,10 @@ def test_tools_without_a_parser_are_refused_with_the_option_that_is_missing(clie
 def test_prompts_come_in_batches_and_as_token_ids(client, server: Server):
     prompts = ["The Secretary shall", "No person shall be"]
     alone = [client.completions.create(**{**LEGAL, "prompt": p}).choices[0].text for p in prompts]
-    ids = [httpx.post(f"{server.url}/tokenize", json={"prompt": p}).json()["tokens"] for p in prompts]
+    ids = [
+        httpx.post(f"{server.url}/tokenize", json={"prompt": p}, headers=bearer()).json()["tokens"]
+        for p in prompts
+    ]
     for batch in (prompts, ids):
         choices = client.completions.create(**{**LEGAL, "prompt": batch}).choices
         assert [(choice.index, choice.text) for choice in choices] == list(enumerate(alone))

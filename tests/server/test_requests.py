@@ -151,7 +151,7 @@ def test_types_follow_the_status_and_429_and_503_say_when_to_come_back():
 
 
 def test_the_openai_client_raises_what_it_would_for_openai(server: Server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="boss", max_retries=0) as client:
         with pytest.raises(openai.BadRequestError) as raised:
             client.completions.create(model="base", **ASK, extra_body={"max_token": 3})
         assert raised.value.param == "max_token"
