@@ -7,7 +7,7 @@ import time
 import httpx
 import openai
 import pytest
-from running import Server
+from running import Server, bearer
 from test_api import metric
 
 LEGAL = {"model": "legal", "prompt": "The Secretary shall", "max_tokens": 12, "temperature": 0}
