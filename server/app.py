@@ -212,12 +212,12 @@ def monitor(engine: Engine, metrics: Metrics) -> FastAPI:
 
 
 def _add_health(app: FastAPI, engine: Engine) -> None:
-    @app.get("/health")
-    async def health() -> Response:
+    @app.get("/health", response_class=PlainTextResponse)
+    async def health() -> str:
         """200 while requests can be answered."""
         if not engine.up or engine.llm.errored:
             raise EngineDown
-        return Response()
+        return "ok"
 
 
 def _add_metrics(app: FastAPI, engine: Engine, metrics: Metrics) -> None:

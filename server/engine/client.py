@@ -303,6 +303,9 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
     if not compiled:
         why = "g++ or Python.h is missing" if current_platform.is_cpu() else "it is on a GPU"
         logger.info("the model is not compiled, as %s", why)
+    if current_platform.is_cpu() and not compiler:
+        # vLLM's sampler compiles what counts ranks, whatever the model does: logprobs would end the engine.
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
     flags = ["--enable-lora", "--disable-uvicorn-access-log"]  # the request log says more
     if not compiled:
         flags.append("--enforce-eager")

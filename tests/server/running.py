@@ -56,7 +56,7 @@ def bearer(key: str = "boss") -> dict[str, str]:
 
 
 @contextmanager
-def serving(masks: Path, log: Path, *options: str) -> Iterator[Server]:
+def serving(masks: Path, log: Path, *options: str, **environment: str) -> Iterator[Server]:
     """The demo base under the masks of a folder, in fp32, until the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -72,7 +72,7 @@ def serving(masks: Path, log: Path, *options: str) -> Iterator[Server]:
             [str(word) for word in command],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         )
     server = Server(f"http://127.0.0.1:{port}", masks, log, process)
     try:
