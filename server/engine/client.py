@@ -326,10 +326,12 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
         "pipeline_parallel_size": 1,
         "data_parallel_size": 1,
         "api_server_count": 1,
+        "shutdown_timeout": 0,
     }
     for option, value in must.items():
         if (given := getattr(args, option)) not in (value, None):
-            hint = "use --name" if option == "served_model_name" else "leave the option out"
+            ours_for = {"served_model_name": "use --name", "shutdown_timeout": "use --grace-s"}
+            hint = ours_for.get(option, "leave the option out")
             raise BadOptions(f"--{option.replace('_', '-')} {given} does not work with masks yet: {hint}")
     return args
 
