@@ -121,6 +121,11 @@ class Engine:
         self.up = True
         self.adapters: dict[str, LoRARequest] = {}
 
+    @property
+    def healthy(self) -> bool:
+        """Whether requests can be answered."""
+        return self.up and not self.llm.errored
+
     async def load(self, mask: Mask) -> str:
         """Load a mask into the engine's host memory; returns why it refuses the file, or nothing.
 
