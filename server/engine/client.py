@@ -176,11 +176,18 @@ class Engine:
 
     async def stats(self) -> dict[str, Any]:
         """The worker's slots and swaps; empty while there is no engine."""
+        llm = self.llm
+        call = asyncio.create_task(llm.collective_rpc("mask_stats"))
         try:
-            stats: list[dict[str, Any]] = await self.llm.collective_rpc("mask_stats")
+            while not (await asyncio.wait([call], timeout=WATCH_S))[0]:
+                if llm.errored:  # vLLM never answers a call that was under way when its engine died
+                    return {}
+            stats: dict[str, Any] = call.result()[0]
+            return stats
         except EngineDeadError:
             return {}
-        return stats[0]
+        finally:
+            call.cancel()
 
     async def mount(self, app: FastAPI) -> None:
         """Give the app vLLM's error handlers and middleware, and the engine's state."""
