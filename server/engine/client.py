@@ -121,6 +121,11 @@ class Engine:
         self.up = True
         self.adapters: dict[str, LoRARequest] = {}
 
+    @property
+    def healthy(self) -> bool:
+        """Whether requests can be answered."""
+        return self.up and not self.llm.errored
+
     async def load(self, mask: Mask) -> str:
         """Load a mask into the engine's host memory; returns why it refuses the file, or nothing.
 
@@ -171,11 +176,18 @@ class Engine:
 
     async def stats(self) -> dict[str, Any]:
         """The worker's slots and swaps; empty while there is no engine."""
+        llm = self.llm
+        call = asyncio.create_task(llm.collective_rpc("mask_stats"))
         try:
-            stats: list[dict[str, Any]] = await self.llm.collective_rpc("mask_stats")
+            while not (await asyncio.wait([call], timeout=WATCH_S))[0]:
+                if llm.errored:  # vLLM never answers a call that was under way when its engine died
+                    return {}
+            stats: dict[str, Any] = call.result()[0]
+            return stats
         except EngineDeadError:
             return {}
-        return stats[0]
+        finally:
+            call.cancel()
 
     async def mount(self, app: FastAPI) -> None:
         """Give the app vLLM's error handlers and middleware, and the engine's state."""

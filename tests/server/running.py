@@ -33,6 +33,8 @@ KEYS = {
     "wordy": {"role": "use", "tokens_per_minute": 30},
     "single": {"role": "use", "concurrency": 1},
 }
+HOSTILE = "<img src=x onerror=alert(1)>"
+"""A name that must never become markup."""
 START_S = 240
 
 

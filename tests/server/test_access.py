@@ -17,6 +17,7 @@ from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited
 ASK = {"prompt": "The Secretary shall", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 ROUTES = {
+    ("GET", "/"): "open",
     ("GET", "/health"): "open",
     ("GET", "/metrics"): "open",
     ("GET", "/openapi.json"): "open",

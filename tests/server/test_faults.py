@@ -98,6 +98,7 @@ def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_s
         engine = next(p for p in psutil.Process(lone.process.pid).children() if "EngineCore" in p.name())
         engine.kill()
         killed = time.monotonic()
+        assert api.get("/v1/masks", timeout=5).status_code == 200  # asks an engine that will not answer
         whole.join(5)
         stream.join(5)
         assert time.monotonic() - killed < 5
