@@ -85,7 +85,7 @@ class Metrics(Collector):
             yield gauge
         swaps = HistogramMetricFamily(
             "maskllm_swap_seconds",
-            "Swaps, from disk to host memory (beside the steps) and from host memory to a slot (between them).",
+            "From disk to host memory, beside the steps, and from host memory to a slot, between them.",
             labels=["source"],
         )
         for source, (counts, seconds) in self.engine["swaps"].items():

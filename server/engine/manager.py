@@ -54,9 +54,9 @@ class MaskManager:
         self.parts: dict[str, dict[str, tuple[int, int]]] = {}  # engine layer -> mask layers, shapes
         self.dummies: set[int] = set()
         self.base_bytes = 0
-        # By source: how many swaps took up to so many seconds and more than the next fewer, and all they took.
+        # By source: how many swaps fell into each bucket of SWAP_SECONDS, and the seconds of them all.
         self.swaps: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(SWAP_SECONDS) + 1))
-        self.swap_seconds: Counter[str] = Counter()
+        self.swap_seconds: defaultdict[str, float] = defaultdict(float)
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:  # noqa: ARG002
         """Called once, after the weights are there: give every linear layer its slots."""
