@@ -144,7 +144,8 @@ def running(command: list[Any], log: Path) -> Iterator[Server]:
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()
             process.wait()
 
 
