@@ -7,7 +7,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: serve test gpu check tour table quality memory bench bench-check readme clean
+.PHONY: serve test gpu check tour table quality memory bench soak chaos bench-check readme clean
 
 serve: .venv/$(ENGINE)  ## Serve the demo base and its masks
 	$(BIN)/maskllm serve --model examples/demo/base --masks examples/demo/masks --host $(HOST) --port $(PORT) $(ARGS)
@@ -41,11 +41,19 @@ memory: .venv/$(ENGINE)  ## Measure what learning a mask holds beyond the base
 	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/report.py readme
 
-bench: .venv/$(ENGINE)  ## Measure the kernels and whole steps on this machine, which should do nothing else
+bench: .venv/$(ENGINE)  ## Measure kernels, steps, swaps and the API on this machine, which should do nothing else
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/kernels.py --avx2
 	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/swap.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/report.py readme
+
+soak: .venv/$(ENGINE)-dev  ## Half an hour of mixed traffic, every token checked (ARGS='--minutes 5' or --quick)
+	$(BIN)/python benchmarks/soak.py $(ARGS)
+
+chaos: .venv/$(ENGINE)-dev  ## Every fault the server must survive (ARGS=overload for one, ARGS=--quick for less)
+	$(BIN)/python benchmarks/chaos.py $(ARGS)
 
 bench-check: .venv/$(ENGINE)  ## Print every published figure that misses its `must`
 	$(BIN)/python benchmarks/report.py check

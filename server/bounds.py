@@ -1,6 +1,7 @@
-"""How large a request may be: its headers, its body, and what it asks for."""
+"""How large a request may be and how slow its client: its headers, its body, and what it asks for."""
 
-from typing import TYPE_CHECKING
+from asyncio import TimerHandle
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from server.engine.openai import ChatCompletionRequest, CompletionRequest
 
 MAX_HEADER_BYTES = 64 * 1024
+PATIENCE_S = 30
+"""Seconds that a client may take for its headers, between two pieces of its body, and to read on."""
 
 
 class BodyLimit:
@@ -49,15 +52,40 @@ class BodyLimit:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's faster parser, which sets no bound to what comes before a body, with one.
+    """uvicorn's faster parser, which sets no bound to what comes before a body, nor to waiting, with both.
 
-    Beyond it the answer is a 400, and the connection is closed.
+    Beyond the first the answer is a 400, and the connection is closed. One whose request does not come on is
+    closed, too, and one whose client does not read is cut off: its request would hold a mask, a place among
+    those in flight and the memory of its answer for as long as the client likes.
     """
 
+    patience_s: float = PATIENCE_S
+    _reading: TimerHandle | None = None
+    """Runs out while a request is not here to its end."""
+    _writing: TimerHandle | None = None
+    """Runs out while the client reads nothing, and has enough to read."""
     _headers = 0
     """Bytes of the request's headers, and of the trailers after its body."""
     _pending = 0
     """Bytes received since the parser last made anything of them."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_more()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._await_no_more()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self.loop.call_later(self.patience_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._writing:
+            self._writing.cancel()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         self._pending += len(data)
@@ -67,6 +95,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._headers = 0
+        self._await_more()
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -78,15 +107,32 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._pending = 0
+        self._await_more()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._pending = 0
+        self._await_more()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._pending = 0
+        self._await_no_more()
         super().on_message_complete()
+
+    def _await_more(self) -> None:
+        self._await_no_more()
+        self._reading = self.loop.call_later(self.patience_s, self._give_up)
+
+    def _await_no_more(self) -> None:
+        if self._reading:
+            self._reading.cancel()
+
+    def _give_up(self) -> None:
+        if self.flow.read_paused:  # it is we who do not read
+            self._await_more()
+        else:
+            self.transport.close()
 
 
 def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settings) -> None:

@@ -157,9 +157,14 @@ class Names:
     def _save(self, state: State) -> None:
         """Write the file whole or not at all, and only then believe it."""
         try:
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=PARTIAL, delete=False) as out:
-                out.write(state.model_dump_json(indent=2) + "\n")
-            Path(out.name).replace(self.file)
+            out = tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=PARTIAL, delete=False)  # noqa: SIM115
+            try:
+                with out:
+                    out.write(state.model_dump_json(indent=2) + "\n")
+                Path(out.name).replace(self.file)
+            except OSError:
+                Path(out.name).unlink()
+                raise
         except OSError as error:
             raise UnwritableFolder(
                 f"{error.strerror}: aliases and pins are kept in {self.file.name} in the masks folder, which "

@@ -22,15 +22,16 @@ CHUNK = 1 << 20
 def landing(folder: Path, most: int) -> Iterator["Landing"]:
     """A file in the folder that takes up to `most` bytes, and is gone afterwards unless it was renamed."""
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PARTIAL, delete=False) as file:
-            path = Path(file.name)
-            try:
-                path.chmod(0o644)
-                yield Landing(file, path, most)
-            finally:
-                path.unlink(missing_ok=True)
-    except PermissionError as error:
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PARTIAL, delete=False)  # noqa: SIM115
+    except OSError as error:  # not ours, read-only, or without room for another file
         raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
+    with file:
+        path = Path(file.name)
+        try:
+            path.chmod(0o644)
+            yield Landing(file, path, most)
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class Landing:

@@ -1,5 +1,7 @@
 """The published figures: each keeps its `must`, and a figure that does not is noticed."""
 
+import asyncio
+import random
 import sys
 from pathlib import Path
 
@@ -7,6 +9,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from report import Row, missed, table  # noqa: E402
+from serving import Swaps  # noqa: E402
+from soak import RIGHT, TIE, WRONG, Answer, Ask, Reference, Soak, judge, prove  # noqa: E402
 
 KNOWN_MISSES = {
     # At 4 rows torch reads bf16 at half the speed of memory, so that 9 bits instead of 16 can give 2.9.
@@ -48,6 +52,43 @@ def test_a_table_has_a_row_for_each_mask_and_marks_the_best_sparse_figure_of_a_c
         "| legal | **3** |",
         "| code | 4 |",
     ]
+
+
+class Alone(Soak):
+    """A soak whose server, asked alone, goes on after the near tie of mask a with 5, 6."""
+
+    async def refer(self, mask: str, ids: list[int], tokens: int) -> Reference:
+        assert (mask, ids, tokens) == ("a@1", [0, 1, 8], 2)
+        return Reference([5, 6], [0, 0], [1.0, 1.0])
+
+
+def test_a_soak_tells_another_masks_answer_from_a_near_tie():
+    soak = Alone(None, None, {}, random.Random(0), ["a", "b"], prompts=[[0]])
+    soak.references = {
+        ("a@1", 0): Reference([1, 2, 3, 4], [7, 8, 9, 9], [1.0, 0.0001, 0.5, 0.5]),
+        ("b@2", 0): Reference([1, 8, 5, 7], [0, 0, 0, 0], [1.0, 1.0, 1.0, 1.0]),
+    }
+
+    def answers(label: str, *tokens: int) -> Answer:
+        return Answer(Ask("a", 0, len(tokens), False, None), 0.0, label=label, tokens=list(tokens))
+
+    right, left_early = answers("a@1", 1, 2, 3, 4), answers("a@1", 1, 2)
+    far, other_label = answers("a@1", 1, 2, 9, 4), answers("b@2", 1, 8, 5, 7)
+    tie, looks_like_one = answers("a@1", 1, 8, 5, 6), answers("a@1", 1, 8, 5, 7)
+    assert judge(soak, [right, left_early]) == [RIGHT, RIGHT]
+    assert judge(soak, [far, other_label]) == [WRONG, WRONG]
+    assert judge(soak, [tie, looks_like_one]) == [TIE, TIE]
+    assert asyncio.run(prove(soak, [tie])) == 0
+    assert asyncio.run(prove(soak, [looks_like_one])) == 1
+
+
+def test_percentiles_of_swaps_are_those_of_the_swaps_between_two_looks():
+    before = Swaps({0.001: 5.0, 0.002: 5.0, float("inf"): 5.0}, seconds=0.005)
+    later = Swaps({0.001: 5.0, 0.002: 105.0, float("inf"): 106.0}, seconds=0.155)
+    between = later.since(before)
+    assert between.count == 101
+    assert abs(between.quantile(0.5) - 0.001505) < 1e-9  # 50.5 of the 100 between 1 and 2 ms
+    assert between.quantile(1) == 0.002  # what is beyond every bucket
 
 
 def test_every_published_figure_keeps_its_must_but_those_that_are_known_not_to():

@@ -21,7 +21,7 @@ import torch
 import uvicorn
 import vllm.envs as envs
 from fastapi import FastAPI
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -252,19 +252,8 @@ class Engine:
         self.adapters = self.app.state.openai_serving_models.lora_requests
 
     def _start(self) -> MaskedLLM:
-        engine_args = AsyncEngineArgs.from_cli_args(self.args)
-        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        if current_platform.is_cpu() and self.args.distributed_executor_backend is None:
-            # One process schedules and computes. vLLM would make it two, and the scheduler, which spins while
-            # it waits for the other, takes a core from its threads: 52 -> 44 ms at batch 16 on two cores.
-            config.parallel_config.distributed_executor_backend = UniProcExecutor
-        eager, mode = self.args.enforce_eager, self.args.compilation_config.mode
-        if current_platform.is_cpu() and not eager and mode is None:
-            # vLLM compiles no model with adapters on CPU. Ours can be: masks are inside an opaque operator.
-            config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
-        ahead = "Async" if config.scheduler_config.async_scheduling else ""
-        config.scheduler_config.scheduler_cls = f"server.engine.scheduler.{ahead}MaskScheduler"
-        llm = MaskedLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
+        config = configuration(self.args)
+        llm = MaskedLLM.from_vllm_config(config, disable_log_stats=self.args.disable_log_stats)
         llm.metrics = self.metrics
         return llm
 
@@ -272,7 +261,7 @@ class Engine:
 @contextmanager
 def start(settings: Settings, folder: Path, metrics: Metrics) -> Iterator[tuple[Engine, socket]]:
     """Start vLLM on a checkpoint folder; yields the engine and the socket it already listens on."""
-    args = _arguments(settings, folder)
+    args = arguments(settings, folder)
     capacity = _capacity(settings, folder, args)
     _, sock = setup_server(args, reuse_port=False)
     with sock:
@@ -283,9 +272,12 @@ def start(settings: Settings, folder: Path, metrics: Metrics) -> Iterator[tuple[
             engine.llm.shutdown()
 
 
-def _arguments(settings: Settings, folder: Path) -> Namespace:
+def arguments(settings: Settings, folder: Path) -> Namespace:
     """vLLM's own arguments: ours first, so that the user's, which follow, win where both are given."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Longer than clients and balancers keep a connection. vLLM's 5 s is what httpx, and so openai's client,
+    # has, and a request that meets the close is lost (benchmarks/soak.py did).
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
     register()
     config = {"mask_dtype": settings.mask_dtype, "turn_steps": settings.turn_steps}
     ours = {
@@ -346,6 +338,21 @@ def _arguments(settings: Settings, folder: Path) -> Namespace:
             hint = ours_for.get(option, "leave the option out")
             raise BadOptions(f"--{option.replace('_', '-')} {given} does not work with masks yet: {hint}")
     return args
+
+
+def configuration(args: Namespace) -> VllmConfig:
+    """vLLM's own configuration of these arguments, where ours differs in what no argument says."""
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    if current_platform.is_cpu() and args.distributed_executor_backend is None:
+        # One process schedules and computes. vLLM would make it two, and the scheduler, which spins while
+        # it waits for the other, takes a core from its threads: 52 -> 44 ms at batch 16 on two cores.
+        config.parallel_config.distributed_executor_backend = UniProcExecutor
+    if current_platform.is_cpu() and not args.enforce_eager and args.compilation_config.mode is None:
+        # vLLM compiles no model with adapters on CPU. Ours can be: masks are inside an opaque operator.
+        config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+    ahead = "Async" if config.scheduler_config.async_scheduling else ""
+    config.scheduler_config.scheduler_cls = f"server.engine.scheduler.{ahead}MaskScheduler"
+    return config
 
 
 def _routes(app: FastAPI) -> Iterator[str]:

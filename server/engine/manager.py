@@ -9,6 +9,7 @@ mask that is not resident.
 
 import ctypes
 import time
+from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -30,6 +31,7 @@ from maskllm.kernels import DENSE
 from maskllm.kernels.masked_linear import allocate, fill
 from server.engine import linear
 from server.engine.scheduler import pinned
+from server.metrics import SWAP_SECONDS
 
 logger = init_logger(__name__)
 
@@ -53,8 +55,9 @@ class MaskManager:
         self.parts: dict[str, dict[str, tuple[int, int]]] = {}  # engine layer -> mask layers, shapes
         self.dummies: set[int] = set()
         self.base_bytes = 0
-        self.swaps: Counter[tuple[str, str]] = Counter()
-        self.swap_seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+        # By source: how many swaps fell into each bucket of SWAP_SECONDS, and the seconds of them all.
+        self.swaps: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(SWAP_SECONDS) + 1))
+        self.swap_seconds: defaultdict[str, float] = defaultdict(float)
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:  # noqa: ARG002
         """Called once, after the weights are there: give every linear layer its slots."""
@@ -115,7 +118,7 @@ class MaskManager:
             return False
         self.packed[mask_id], seconds = self.reads.pop(mask_id).result()
         self.names[mask_id] = name
-        self._count(mask_id, "disk", time.perf_counter() - seconds)
+        self._count("disk", seconds)
         return True
 
     def remove_adapter(self, mask_id: int) -> bool:
@@ -165,7 +168,7 @@ class MaskManager:
             linear.row_slots = None
 
     def stats(self) -> dict[str, Any]:
-        """What the metrics show of this worker; bytes by mask, swaps by mask and source."""
+        """What the metrics show of this worker; bytes by mask, swaps by source."""
         slot_bytes = sum(layer.get_buffer("slots")[0].nbytes for layer in self.layers.values())
         resident, packed = Counter[str](), Counter[str]()
         for mask_id, mask_set in self.packed.items():
@@ -179,7 +182,7 @@ class MaskManager:
             "slots": {int(mask_id): slot for mask_id, slot in self.resident.items()},  # from numpy
             "resident_bytes": dict(resident),
             "packed_bytes": dict(packed),
-            "swaps": [(*key, count, self.swap_seconds[key]) for key, count in self.swaps.items()],
+            "swaps": {source: (counts, self.swap_seconds[source]) for source, counts in self.swaps.items()},
         }
 
     # What vLLM's warm-up asks of an adapter manager; there is nothing to warm.
@@ -226,7 +229,7 @@ class MaskManager:
         for name in self.layers:
             self._fill(name, slot, mask_id)
         self.resident[mask_id] = slot
-        self._count(mask_id, "host", begin)
+        self._count("host", time.perf_counter() - begin)
 
     def _fill(self, name: str, slot: int, mask_id: int) -> None:
         """Write one layer's mask, put together from its parts; a part without one keeps all.
@@ -254,9 +257,9 @@ class MaskManager:
         ]
         layer.get_buffer("slots")[slot].copy_(torch.cat(masks))
 
-    def _count(self, mask_id: int, source: str, begin: float) -> None:
-        self.swaps[self.names[mask_id], source] += 1
-        self.swap_seconds[self.names[mask_id], source] += time.perf_counter() - begin
+    def _count(self, source: str, seconds: float) -> None:
+        self.swaps[source][bisect_left(SWAP_SECONDS, seconds)] += 1
+        self.swap_seconds[source] += seconds
 
 
 class MaskWorker:

@@ -316,9 +316,13 @@ def test_every_family_of_the_design_is_exported_by_mask_beside_vllms_own(http):
         "requests_total", "errors_total", "prompt_tokens_total", "generation_tokens_total",
         "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
         "e2e_request_latency_seconds_bucket", "queue_time_seconds_bucket",
-        "swaps_total", "swap_seconds_total", "resident_bytes", "packed_bytes",
+        "resident_bytes", "packed_bytes",
     ):  # fmt: skip
         assert re.search(rf'^maskllm_{family}{{.*mask="', text, re.M), family
+    for source in ("disk", "host"):
+        everything = rf'^maskllm_swap_seconds_(?:bucket{{le="\+Inf",|count{{)source="{source}"}} (.*)$'
+        slower_than_nothing, count = re.findall(everything, text, re.M)
+        assert slower_than_nothing == count != "0.0"
     assert re.search(r"^maskllm_slots_total 4.0$", text, re.M)
     assert re.search(r"^maskllm_slots_used \d", text, re.M)
     assert "vllm:time_to_first_token_seconds" in text

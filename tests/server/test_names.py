@@ -119,6 +119,13 @@ def test_what_cannot_be_kept_is_not_done(names: Names, tmp_path: Path):
     assert names.aliases == {}
 
 
+def test_what_cannot_be_kept_leaves_no_part_of_a_file(names: Names, tmp_path: Path):
+    names.file.mkdir()
+    with pytest.raises(UnwritableFolder, match="Is a directory"):
+        names.alias("legal", {"legal@v1": 1})
+    assert list(tmp_path.iterdir()) == [names.file]
+
+
 @pytest.mark.parametrize(
     "content", ["{", '{"alias": {}}', '{"aliases": {"a": {"b": 0}}}', '{"aliases": {"a": {}}}']
 )

@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from maskllm.core import maskset
 from maskllm.core.maskset import MaskSet
 from server.engine.manager import MaskManager
+from server.metrics import SWAP_SECONDS
 
 LAYER, ROWS, COLUMNS = "model.layer", 8192, 288_000
 """2,359 M weights; twelve of them, three groups, in a byte: 196.6 MB."""
@@ -57,6 +58,10 @@ def test_steps_go_on_while_a_mask_of_200_mb_is_read(manager, tmp_path):
     assert time.perf_counter() - before < took / 2
     assert manager.stats()["packed_bytes"] == {"big": ROWS * COLUMNS // 12}
     assert manager.reads == {}
+    (counts, seconds), *others = manager.stats()["swaps"].values()
+    assert (others, sum(counts)) == ([], 1)
+    slowest = SWAP_SECONDS[counts.index(1)]
+    assert slowest / 2**0.5 < seconds <= slowest
 
 
 def test_two_masks_are_read_at_the_same_time(manager, tmp_path):
@@ -81,7 +86,7 @@ def test_a_file_that_cannot_be_read_any_more_is_refused_with_its_reason_and_leav
     assert until_read(manager, folder) == "a.safetensors cannot be read: Is a directory"
     assert not any(manager.add_adapter(request) for request in (wrong, gone, folder, changed))
     assert (manager.packed, manager.names, manager.reads) == ({}, {}, {})
-    assert manager.stats()["swaps"] == []
+    assert manager.stats()["swaps"] == {}
 
 
 def test_a_load_that_nobody_waits_for_any_more_leaves_nothing(manager, tmp_path):
