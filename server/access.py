@@ -89,7 +89,8 @@ class Caller:
     def may_use(self, mask: str) -> bool:
         """Whether the key may use a mask, given as a name, an alias, or one of these with @version."""
         masks = self.key.masks
-        return self.key.role == "admin" or masks is None or mask in masks or mask.partition("@")[0] in masks
+        names = {mask, mask.partition("@")[0], mask.rpartition("@")[0]}
+        return self.key.role == "admin" or masks is None or not names.isdisjoint(masks)
 
     def check(self, *masks: str) -> None:
         """Raise NotAllowed unless the key may use every one of these masks.

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from maskllm.capacity import Capacity
-from server.access import ADMIN, User
+from server.access import ADMIN, Caller, User
 from server.errors import BadSource, UnknownMask
 from server.masks import SUFFIX, Mask, Masks
 from server.names import DENSE, Weights
@@ -36,22 +36,22 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
     """The routes of one engine's masks."""
     router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
-    async def shown(mask: Mask, status: int = 200) -> JSONResponse:
-        return JSONResponse((await masks.describe([mask]))[0], status)
+    async def shown(mask: Mask, caller: Caller, status: int = 200) -> JSONResponse:
+        return JSONResponse((await masks.describe([mask], caller.may_use))[0], status)
 
     @router.get("/masks")
     async def list_masks(caller: User) -> Any:
         """Every mask that the caller may use, and why files of the folder were refused."""
         listed = [mask for name, mask in masks.known.items() if caller.may_use(name)]
         refused = {name: why for name, why in masks.refused.items() if caller.may_use(name)}
-        return {"object": "list", "data": await masks.describe(listed), "refused": refused}
+        return {"object": "list", "data": await masks.describe(listed, caller.may_use), "refused": refused}
 
     @router.get("/masks/{name}")
     async def show_mask(name: str, caller: User) -> Response:
         caller.check(name)
         if name == DENSE:
             raise UnknownMask(f"{DENSE!r} is the dense base, not a mask")
-        return await shown(masks.names.mask(name))
+        return await shown(masks.names.mask(name, caller.may_use), caller)
 
     body = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     body["application/json"] = {"schema": MaskSource.model_json_schema()}
@@ -62,7 +62,7 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
         responses={201: {"description": "A mask of a new name"}},
         openapi_extra={"requestBody": {"content": body}},
     )
-    async def put_mask(name: str, request: Request) -> Response:
+    async def put_mask(name: str, request: Request, caller: User) -> Response:
         """Load a mask, or replace the one of that name, from an upload, a URL or a file of the folder.
 
         A body of `application/octet-stream` is the file itself; JSON says where it is; nothing means
@@ -84,7 +84,7 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
                 raise BadSource("a mask from a url needs both, `url` and `sha256`", "url")
             else:
                 mask, new = await masks.put(name, masks.path(source.file or f"{name}{SUFFIX}"))
-        return await shown(mask, 201 if new else 200)
+        return await shown(mask, caller, 201 if new else 200)
 
     @router.delete("/masks/{name}", status_code=204, dependencies=[ADMIN])
     async def delete_mask(name: str) -> None:
@@ -92,23 +92,27 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
         await masks.delete(name)
 
     @router.post("/masks/{name}/load", dependencies=[ADMIN])
-    async def load_mask(name: str) -> Response:
+    async def load_mask(name: str, caller: User) -> Response:
         """Bring a mask into host memory before its first request."""
-        return await shown(await masks.load(name))
+        return await shown(await masks.load(name), caller)
 
     @router.put("/masks/{name}/pin", dependencies=[ADMIN])
-    async def pin_mask(name: str) -> Response:
+    async def pin_mask(name: str, caller: User) -> Response:
         """Keep a mask in a slot, whoever else comes."""
-        return await shown(await masks.pin(name, True))
+        return await shown(await masks.pin(name, True), caller)
 
     @router.delete("/masks/{name}/pin", dependencies=[ADMIN])
-    async def unpin_mask(name: str) -> Response:
-        return await shown(await masks.pin(name, False))
+    async def unpin_mask(name: str, caller: User) -> Response:
+        return await shown(await masks.pin(name, False), caller)
 
     @router.get("/aliases")
     async def list_aliases(caller: User) -> Any:
-        """Every alias that the caller may use, the masks it stands for, and how often each answers."""
-        aliases = {name: each for name, each in masks.names.aliases.items() if caller.may_use(name)}
+        """Every alias that the caller may use, and the shares of those masks that it may use, too."""
+        aliases = {
+            name: {mask: weight for mask, weight in weights.items() if caller.may_use(mask)}
+            for name, weights in masks.names.aliases.items()
+            if caller.may_use(name)
+        }
         return {"object": "list", "data": [_alias(name, each) for name, each in aliases.items()]}
 
     @router.put(
@@ -126,7 +130,7 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
     @router.get("/capacity", dependencies=[ADMIN])
     async def show_capacity() -> Any:
         """What each thing takes, and how many masks fit where."""
-        used = sum(mask["state"] == "resident" for mask in await masks.describe(list(masks.known.values())))
+        used = len((await masks.engine.stats()).get("slots", {}))
         pinned = len(masks.names.pinned & masks.known.keys())
         return {
             "bytes": asdict(capacity),

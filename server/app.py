@@ -96,11 +96,12 @@ async def create_app(
             caller.check(*masks.names.named(request.model, **ways).values())
             if not engine.up:
                 raise EngineDown
-            while mask := masks.names.resolve(request.model, **ways):
+            while mask := masks.names.resolve(request.model, may_use=caller.may_use, **ways):
                 name = mask.name
                 until_sent.enter_context(masks.using(mask))  # no await since `resolve`
                 if await masks.ready(mask):
                     break
+                until_sent.close()
             name = mask.name if mask else DENSE
             entry.mask = mask.label if mask else DENSE
             request.model = mask.key if mask else masks.base_name
@@ -153,7 +154,7 @@ async def create_app(
         """Every mask has the base's tokenizer."""
         await check(request, raw_request)
         caller.check(*masks.names.named(request.model).values())
-        masks.names.resolve(request.model)
+        masks.names.resolve(request.model, may_use=caller.may_use)
         request.model = masks.base_name
 
     @app.post("/tokenize", dependencies=body, responses={200: {"model": TokenizeResponse}})
@@ -175,7 +176,7 @@ async def create_app(
         listed = cards.model_dump()
         base = listed["data"][0]
         named = {name: mask.path.name for name, mask in masks.known.items()}
-        named |= {alias: ", ".join(weights) for alias, weights in masks.names.aliases.items()}
+        named |= {alias: alias for alias in masks.names.aliases}
         listed["data"] = [base] if caller.may_use(DENSE) else []
         listed["data"] += [
             {**base, "id": name, "root": root, "parent": base["id"]}

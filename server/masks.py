@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -28,7 +28,7 @@ from server.errors import (
     UnknownMask,
     UnwritableFolder,
 )
-from server.names import DENSE, NAME, PARTIAL, UNFIT, Names
+from server.names import DENSE, NAME, PARTIAL, UNFIT, BadState, Names
 
 logger = logging.getLogger("maskllm.masks")
 
@@ -107,6 +107,11 @@ class Masks:
         self.refused: dict[str, str] = {}
         self.packed: dict[int, Mask] = {}
         self.names = Names(self.folder / "masks.json", base_name, self.known, self.refused)
+        if len(self.names.pinned) >= slots:
+            raise BadState(
+                f"{self.names.file.name} pins {len(self.names.pinned)} masks, and one of {slots} slots must "
+                "be left for the others: start with more --slots, or take pins out of the file"
+            )
         self._ids = count(1)
         self._loading = 0
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -132,13 +137,15 @@ class Masks:
 
     async def restore(self) -> None:
         """Bring a new engine to where the last was: pinned masks into slots, packed ones into its memory."""
-        for mask in [*self.packed.values(), *(m for n, m in self.known.items() if n in self.names.pinned)]:
-            self.packed.pop(mask.id, None)
-            if self.known.get(mask.name) is mask:
-                try:
-                    await self._load(mask)
-                except (UnavailableMask, NoRoom) as error:
-                    logger.warning("%s", error)
+        before = [*self.packed.values(), *(m for n, m in self.known.items() if n in self.names.pinned)]
+        self.packed.clear()
+        for mask in before:
+            async with self._locks[mask.name]:
+                if self.known.get(mask.name) is mask:
+                    try:
+                        await self._load(mask)
+                    except (UnavailableMask, NoRoom) as error:
+                        logger.warning("%s", error)
 
     @contextmanager
     def using(self, mask: Mask) -> Iterator[None]:
@@ -177,18 +184,25 @@ class Masks:
             old = self.known.get(name)
             if old is not None and old.mask_set.sha256 == mask.mask_set.sha256:
                 mask = replace(mask, id=old.id, use=old.use)
-            await self._load(mask)
-            if keep:
-                try:
-                    mask = replace(mask, path=mask.path.replace(self.folder / f"{name}{SUFFIX}"))
-                except OSError as error:
-                    if old is None or old.id != mask.id:
-                        await self._unload(mask)
-                    raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
+            retired = old if old is not None and old.id != mask.id else None
+            # A pin passes to the new content: held by both, it would take a slot from the others.
+            held = retired if retired and retired.id in self.packed and name in self.names.pinned else None
+            if held:
+                await self.engine.pin(held, False)
+            try:
+                await self._load(mask)
+                if keep:
+                    mask = replace(mask, path=self._move(mask.path, f"{name}{SUFFIX}"))
+            except BaseException:
+                if old is None or retired:
+                    await self._unload(mask)
+                if held:
+                    await self.engine.pin(held, True)
+                raise
             self.known[name] = self.packed[mask.id] = mask
             self.refused.pop(name, None)
-        if old is not None and old.id != mask.id:
-            await self._unload(old)
+        if retired:
+            await self._unload(retired)
         return mask, old is None
 
     async def delete(self, name: str) -> None:
@@ -210,17 +224,17 @@ class Masks:
         """Keep a mask resident in a slot, or no longer. Raises NoRoom where no slot would be left."""
         mask = self.names.mask(name)
         async with self._locks[mask.name]:
-            here = {other for other in self.names.pinned if other in self.known}
-            if pinned and len(here | {mask.name}) >= self.slots:
+            others = self.names.pinned - {mask.name}
+            if pinned and len(others) + 1 >= self.slots:
                 raise NoRoom(
-                    f"{len(here)} masks are pinned in {self.slots} slots, and one must be left for the "
+                    f"{len(others)} masks are pinned in {self.slots} slots, and one must be left for the "
                     "others: unpin one, or start with more --slots"
                 )
+            if pinned:
+                await self._load(mask)
             self.names.pin(mask.name, pinned)
             if mask.id in self.packed:
                 await self.engine.pin(mask, pinned)
-            elif pinned:
-                await self._load(mask)
         return mask
 
     async def load(self, name: str) -> Mask:
@@ -243,12 +257,12 @@ class Masks:
             raise BadMaskName(f"file {file!r} is not a *{SUFFIX} under the masks folder")
         return path
 
-    async def describe(self, masks: list[Mask]) -> list[dict[str, Any]]:
-        """Masks as `GET /v1/masks` shows them."""
+    async def describe(self, masks: list[Mask], may_use: Callable[[str], bool]) -> list[dict[str, Any]]:
+        """Masks as `GET /v1/masks` shows them, with the aliases that the caller may use."""
         slots = (await self.engine.stats()).get("slots", {})
-        return [self._describe(mask, slots.get(mask.id)) for mask in masks]
+        return [self._describe(mask, slots.get(mask.id), may_use) for mask in masks]
 
-    def _describe(self, mask: Mask, slot: int | None) -> dict[str, Any]:
+    def _describe(self, mask: Mask, slot: int | None, may_use: Callable[[str], bool]) -> dict[str, Any]:
         mask_set, packed = mask.mask_set, mask.id in self.packed
         return {
             "id": mask.name,
@@ -259,7 +273,7 @@ class Masks:
             "state": "resident" if slot is not None else "packed" if packed else "known",
             "slot": slot,
             "pinned": mask.name in self.names.pinned,
-            "aliases": self.names.pointing(mask.name),
+            "aliases": list(filter(may_use, self.names.pointing(mask.name))),
             "requests": mask.use.requests,
             "in_flight": mask.use.in_flight,
             "last_used": mask.use.last_s,
@@ -285,6 +299,13 @@ class Masks:
             raise RefusedMask(f"{path.name} cannot be read: {error.strerror}") from None
         size = sum(packed.nbytes for packed in mask_set.packed.values())
         return Mask(name, path, next(self._ids), replace(mask_set, packed={}), size)
+
+    def _move(self, file: Path, name: str) -> Path:
+        """Give a file of the folder its name."""
+        try:
+            return file.replace(self.folder / name)
+        except OSError as error:
+            raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
 
     async def _load(self, mask: Mask) -> None:
         """Pack a mask, pinned if its name is, where it is not packed yet."""

@@ -3,7 +3,7 @@
 import random
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +35,7 @@ UNFIT = (
 PARTIAL = ".partial"
 """How files end that are being written; what a crash left of them is removed at the next start."""
 
-Weights = Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
+Weights = Annotated[dict[str, Annotated[float, Field(gt=0, le=1e9)]], Field(min_length=1)]
 """Masks, or "none", and how often each answers, in proportion."""
 
 
@@ -46,8 +46,12 @@ class State(BaseModel, extra="forbid"):
     pinned: set[str] = set()
 
 
+def _all(name: str) -> bool:  # noqa: ARG001
+    return True
+
+
 class BadState(ValueError):
-    """A `masks.json` that cannot be read."""
+    """A `masks.json` that cannot be read, or kept."""
 
 
 class Names:
@@ -73,17 +77,20 @@ class Names:
     def pinned(self) -> set[str]:
         return self.state.pinned
 
-    def resolve(self, model: str | None, **named: str | None) -> "Mask | None":
+    def resolve(
+        self, model: str | None, *, may_use: Callable[[str], bool] = _all, **named: str | None
+    ) -> "Mask | None":
         """The mask that answers a request, None for dense; one of an alias's is drawn by weight.
 
         `named` are the ways that name a mask outright (`query`, `body`, `header`); `model` may be the base, a
-        mask, or "base:mask". Raises ContradictingMasks, UnknownMask or UnknownModel.
+        mask, or "base:mask". Raises ContradictingMasks, UnknownMask or UnknownModel, which name what there
+        is of the names that the caller may use.
         """
         asked = self.named(model, **named)
         if "the model" in asked and not self._is_model(str(model), asked["the model"]):
-            models = ", ".join([self.base_name, *self.aliases, *self.known])
+            models = ", ".join([self.base_name, *filter(may_use, [*self.aliases, *self.known])])
             raise UnknownModel(f"no model {model!r}; known: {models}, {self.base_name}:MASK")
-        meant, *others = map(self._meant, asked.values())
+        meant, *others = (self._meant(name, may_use) for name in asked.values())
         common = {mask: weight for mask, weight in meant.items() if all(mask in other for other in others)}
         if not common:
             details = ", ".join(f"{way} says {name!r}" for way, name in asked.items())
@@ -97,16 +104,16 @@ class Names:
             asked["the model"] = model.removeprefix(f"{self.base_name}:")
         return asked or {"nothing": DEFAULT if DEFAULT in self.aliases else DENSE}
 
-    def mask(self, name: str) -> "Mask":
+    def mask(self, name: str, may_use: Callable[[str], bool] = _all) -> "Mask":
         """A mask by its name, or by name@sha with the first digits of its content. Raises UnknownMask."""
         if name in self.known:
             return self.known[name]
         if name in self.aliases:
-            raise UnknownMask(f"{name!r} is an alias for {', '.join(self.aliases[name])}, not a mask")
+            raise UnknownMask(f"{name!r} is an alias, not a mask")
         bare, _, sha = name.rpartition("@")
         if bare not in self.known:
             reason = f" (its file was refused: {self.refused[name]})" if name in self.refused else ""
-            known = ", ".join([*self.aliases, *self.known, DENSE])
+            known = ", ".join(filter(may_use, [*self.aliases, *self.known, DENSE]))
             raise UnknownMask(f"no mask {name!r}{reason}; known: {known}")
         mask = self.known[bare]
         if not (len(sha) >= 12 and mask.mask_set.sha256.startswith(sha)):
@@ -150,9 +157,11 @@ class Names:
             or name.rpartition("@")[0] in self.known
         )
 
-    def _meant(self, name: str) -> "dict[Mask | None, float]":
+    def _meant(self, name: str, may_use: Callable[[str], bool]) -> "dict[Mask | None, float]":
         weights = self.aliases.get(name, {name: 1.0})
-        return {None if each == DENSE else self.mask(each): weight for each, weight in weights.items()}
+        return {
+            None if each == DENSE else self.mask(each, may_use): weight for each, weight in weights.items()
+        }
 
     def _save(self, state: State) -> None:
         """Write the file whole or not at all, and only then believe it."""

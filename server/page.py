@@ -56,7 +56,7 @@ def routes(engine: Engine, masks: Masks, metrics: Metrics, access: Access) -> AP
 
     async def seen_by(caller: Caller) -> dict[str, Any]:
         """What a caller sees."""
-        every = await masks.describe(list(masks.known.values()))
+        every = await masks.describe(list(masks.known.values()), caller.may_use)
         listed = [mask for mask in every if caller.may_use(mask["id"])]
         names = [DENSE] * caller.may_use(DENSE) + [mask["id"] for mask in listed]
         lately = [request for request in metrics.recent() if request.mask in names]

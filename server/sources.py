@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import tempfile
 from collections.abc import AsyncIterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -25,13 +25,14 @@ def landing(folder: Path, most: int) -> Iterator["Landing"]:
         file = tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PARTIAL, delete=False)  # noqa: SIM115
     except OSError as error:  # not ours, read-only, or without room for another file
         raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
-    with file:
-        path = Path(file.name)
-        try:
-            path.chmod(0o644)
-            yield Landing(file, path, most)
-        finally:
-            path.unlink(missing_ok=True)
+    path = Path(file.name)
+    try:
+        path.chmod(0o644)
+        yield Landing(file, path, most)
+    finally:
+        with suppress(OSError):  # a full disk has been told of
+            file.close()
+        path.unlink(missing_ok=True)
 
 
 class Landing:

@@ -9,13 +9,14 @@ import sysconfig
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from socket import socket
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import uvicorn
@@ -51,6 +52,8 @@ from server.names import DENSE
 from server.settings import Settings
 
 logger = logging.getLogger("maskllm")
+
+T = TypeVar("T")
 
 DRAIN_POLL_S = 0.02
 WATCH_S = 0.2
@@ -140,14 +143,15 @@ class Engine:
         )
         args = (mask.id, request.lora_path)
         try:
-            while (refusal := (await self.llm.collective_rpc("read_mask", args=args))[0]) is None:
+            while (refusal := await self._ask_worker("read_mask", *args)) is None:
                 await asyncio.sleep(LOAD_POLL_S)
         except asyncio.CancelledError:
-            await self.llm.remove_lora(mask.id)
+            with suppress(EngineDeadError):
+                await self._ask(self.llm.remove_lora(mask.id))
             raise
         if refusal:
             return str(refusal)
-        await self.llm.add_lora(request)
+        await self._ask(self.llm.add_lora(request))
         self.adapters[mask.key] = request
         return ""
 
@@ -157,14 +161,15 @@ class Engine:
             await asyncio.sleep(DRAIN_POLL_S)
         self.adapters.pop(mask.key, None)
         with suppress(EngineDeadError):
-            await self.llm.remove_lora(mask.id)
+            await self._ask(self.llm.remove_lora(mask.id))
 
     async def pin(self, mask: Mask, pinned: bool) -> None:
-        """Make a loaded mask resident for good, or no longer."""
-        if pinned:
-            await self.llm.pin_lora(mask.id)
-        else:
-            await self.llm.collective_rpc("unpin_mask", args=(mask.id,))
+        """Make a loaded mask resident for good, or no longer. One that has died is told when it is back."""
+        with suppress(EngineDeadError):
+            if pinned:
+                await self._ask(self.llm.pin_lora(mask.id))
+            else:
+                await self._ask_worker("unpin_mask", mask.id)
 
     def using(self, mask: Mask) -> AbstractContextManager[None]:
         """While the block runs, the mask is not unloaded."""
@@ -176,24 +181,31 @@ class Engine:
 
     async def stats(self) -> dict[str, Any]:
         """The worker's slots and swaps; empty while there is no engine."""
-        llm = self.llm
-        call = asyncio.create_task(llm.collective_rpc("mask_stats"))
         try:
-            while not (await asyncio.wait([call], timeout=WATCH_S))[0]:
-                if llm.errored:  # vLLM never answers a call that was under way when its engine died
-                    return {}
-            stats: dict[str, Any] = call.result()[0]
-            return stats
+            stats: dict[str, Any] = await self._ask_worker("mask_stats")
         except EngineDeadError:
             return {}
+        return stats
+
+    async def _ask_worker(self, method: str, *args: Any) -> Any:
+        return (await self._ask(self.llm.collective_rpc(method, args=args)))[0]
+
+    async def _ask(self, call: Coroutine[Any, Any, T]) -> T:
+        """What the engine answers. vLLM answers no call that was under way when its engine died."""
+        llm, task = self.llm, asyncio.create_task(call)
+        try:
+            while not (await asyncio.wait([task], timeout=WATCH_S))[0]:
+                if llm.errored:
+                    raise EngineDeadError
+            return task.result()
         finally:
-            call.cancel()
+            task.cancel()
 
     async def mount(self, app: FastAPI) -> None:
         """Give the app vLLM's error handlers and middleware, and the engine's state."""
         self.app = app
         init_exception_handler(app)
-        init_entrypoints_middleware(self.args, app, await self.llm.get_supported_tasks())
+        init_entrypoints_middleware(self.args, app, await self._ask(self.llm.get_supported_tasks()))
         await self._attach()
 
     async def serve(
@@ -241,14 +253,18 @@ class Engine:
             # In threads: the door stays open meanwhile, and says that it is down.
             await asyncio.to_thread(self.llm.shutdown)
             self.llm = await asyncio.to_thread(self._start)
-            await self._attach()
-            await restored()
+            try:
+                await self._attach()
+                await restored()
+            except EngineDeadError:
+                continue
             self.up = True
             logger.info("the engine is back after %.1f s", time.monotonic() - begin)
 
     async def _attach(self) -> None:
         """Let vLLM's handlers answer from the present engine."""
-        await init_app_state(self.llm, self.app.state, self.args, await self.llm.get_supported_tasks())
+        tasks = await self._ask(self.llm.get_supported_tasks())
+        await init_app_state(self.llm, self.app.state, self.args, tasks)
         self.adapters = self.app.state.openai_serving_models.lora_requests
 
     def _start(self) -> MaskedLLM:
@@ -368,7 +384,9 @@ def _capacity(settings: Settings, folder: Path, args: Namespace) -> Capacity:
     kv = args.kv_cache_memory_bytes or 0
     capacity = measure(folder, dtype, settings.mask_dtype == "int8", kv)
     packed = settings.packed or 1
-    if current_platform.is_cpu() and capacity.needs(settings.slots, packed) > capacity.free:
+    if not current_platform.is_cpu():  # whose memory vLLM divides; packed masks are in the host's
+        capacity = replace(capacity, base=0, slot=0, kv=0)
+    if capacity.needs(settings.slots, packed) > capacity.free:
         raise BadOptions(
             f"this does not fit in memory: {capacity.sum(settings.slots, packed)}: "
             "use fewer --slots or --packed masks, --mask-dtype int8, or smaller --kv-cache-memory-bytes"

@@ -133,3 +133,16 @@ def test_a_damaged_state_file_is_refused_at_start(names: Names, content: str):
     names.file.write_text(content)
     with pytest.raises(BadState, match=r"masks\.json"):
         Names(names.file, "base", {}, {})
+
+
+def test_who_may_use_one_mask_learns_no_other_names(names: Names):
+    names.alias("secret", {"medical": 1})
+    for ask in (
+        lambda: names.resolve("nope", may_use="legal@v1".__eq__),
+        lambda: names.mask("x", "legal@v1".__eq__),
+    ):
+        with pytest.raises((UnknownMask, UnknownModel)) as refused:
+            ask()
+        assert "legal@v1" in str(refused.value)
+        assert "medical" not in str(refused.value)
+        assert "secret" not in str(refused.value)

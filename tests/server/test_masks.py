@@ -1,0 +1,130 @@
+"""What a mask's life does when the engine fails in the middle of it. The engine is a stand-in, as a real one
+does not fail on demand; what a real one does is in test_lifecycle.py and test_faults.py."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from running import BASE, MASKS
+
+from maskllm.core.base import read_base
+from server.errors import NoRoom, UnavailableMask
+from server.masks import Mask, Masks
+from server.names import BadState
+
+
+class Fails(Exception):
+    """Any trouble."""
+
+
+class Engine:
+    """Holds what it is told to, and refuses or fails when it is told to."""
+
+    def __init__(self) -> None:
+        self.held: set[int] = set()
+        self.pinned: set[int] = set()
+        self.most_pinned = 0
+        self.busy: set[int] = set()
+        self.refuse = ""
+        self.fail = False
+
+    async def load(self, mask: Mask) -> str:
+        await asyncio.sleep(0)
+        if self.fail:
+            raise Fails
+        if not self.refuse:
+            self.held.add(mask.id)
+        return self.refuse
+
+    async def unload(self, mask: Mask) -> None:
+        self.held.discard(mask.id)
+        self.pinned.discard(mask.id)
+
+    async def pin(self, mask: Mask, pinned: bool) -> None:
+        (self.pinned.add if pinned else self.pinned.discard)(mask.id)
+        self.most_pinned = max(self.most_pinned, len(self.pinned))
+
+    @contextmanager
+    def using(self, _: Mask) -> Iterator[None]:
+        yield
+
+    def in_flight(self, mask: Mask) -> int:
+        return mask.id in self.busy
+
+    async def stats(self) -> dict:
+        return {}
+
+
+@pytest.fixture
+def masks(tmp_path: Path) -> Masks:
+    for file in MASKS.glob("*.safetensors"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    made = Masks(tmp_path, "base", read_base(BASE), Engine(), slots=3, limit=3)
+    made.scan()
+    return made
+
+
+def put(masks: Masks, name: str, file: str) -> tuple[Mask, bool]:
+    return asyncio.run(masks.put(name, masks.folder / f"{file}.safetensors"))
+
+
+def test_a_republished_pin_is_held_by_one_content_at_a_time(masks: Masks):
+    asyncio.run(masks.pin("legal", True))
+    new, _ = put(masks, "legal", "medical")
+    assert masks.engine.pinned == masks.engine.held == {new.id}
+    assert masks.engine.most_pinned == 1
+
+
+@pytest.mark.parametrize("how", ["refuse", "fail"])
+def test_a_put_that_fails_leaves_the_old_content_known_packed_and_pinned(masks: Masks, how: str):
+    old = asyncio.run(masks.pin("legal", True))
+    setattr(masks.engine, how, "it is broken")
+    with pytest.raises((UnavailableMask, Fails)):
+        put(masks, "legal", "medical")
+    assert masks.known["legal"] is old
+    assert set(masks.packed) == masks.engine.held == masks.engine.pinned == {old.id}
+
+
+def test_a_pin_that_finds_no_room_is_not_remembered(masks: Masks):
+    for name in ("medical", "code", "novels"):
+        mask = asyncio.run(masks.load(name))
+        masks.engine.busy.add(mask.id)
+    with pytest.raises(NoRoom, match="all 3 masks"):
+        asyncio.run(masks.pin("legal", True))
+    assert masks.names.pinned == set()
+    assert not (masks.folder / "masks.json").exists()
+
+
+def test_pins_of_masks_whose_files_are_missing_count_too(masks: Masks):
+    asyncio.run(masks.pin("legal", True))
+    asyncio.run(masks.pin("code", True))
+    del masks.known["code"]
+    with pytest.raises(NoRoom, match="2 masks are pinned in 3 slots"):
+        asyncio.run(masks.pin("medical", True))
+    with pytest.raises(BadState, match="pins 2 masks, and one of 2 slots must be left"):
+        Masks(masks.folder, "base", masks.base, Engine(), slots=2, limit=3)
+
+
+def test_a_new_engine_gets_what_the_last_one_had_and_nothing_that_was_deleted_meanwhile(masks: Masks):
+    for name in ("legal", "medical"):
+        asyncio.run(masks.load(name))
+    asyncio.run(masks.pin("legal", True))
+    masks.engine = Engine()
+
+    async def both() -> None:
+        await asyncio.gather(masks.restore(), masks.delete("medical"))
+
+    asyncio.run(both())
+    assert masks.engine.held == masks.engine.pinned == set(masks.packed) == {masks.known["legal"].id}
+
+
+def test_a_load_that_fails_gives_its_place_back(masks: Masks):
+    masks.engine.fail = True
+    for _ in range(4):  # one more than the limit
+        with pytest.raises(Fails):
+            asyncio.run(masks.load("legal"))
+    masks.engine.fail = False
+    asyncio.run(masks.load("legal"))
+    assert set(masks.packed) == {masks.known["legal"].id}
