@@ -58,7 +58,7 @@ def measure(
 
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)  # type: ignore[no-untyped-call]
     shapes = [(layer.out_features, layer.in_features) for layer in maskable(model).values()]
     slot_dtype = torch.int8 if int8 else torch.bfloat16
     return Capacity(

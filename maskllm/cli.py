@@ -212,9 +212,10 @@ class Eval(OnBase):
 
 
 class Inspect(Command):
-    """Show what a mask file says of itself, or with which kernels this machine would run masks.
+    """Show what a mask file says of itself, which kernels would run masks here, or how many masks would fit.
 
     maskllm inspect examples/demo/masks/legal.safetensors
+    maskllm inspect --capacity examples/demo/base --slots 8
     """
 
     file: CliPositionalArg[Path | None] = None
@@ -222,10 +223,17 @@ class Inspect(Command):
     kernels: bool = False
     """Show the kernels chosen here, and why not others. MASKLLM_BACKEND forces one of them."""
 
+    capacity: str | None = None
+    """A base, a folder or a Hugging Face name: show how many of its masks fit into this machine's memory."""
+    slots: PositiveInt = 8
+    """With --capacity: the server's slots."""
+    mask_dtype: Literal["bfloat16", "int8"] = "bfloat16"
+    """With --capacity: how slots hold kept weights."""
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if (self.file is None) != self.kernels:
-            raise ValueError("give a mask file or --kernels")
+        if sum([self.file is not None, self.kernels, self.capacity is not None]) != 1:
+            raise ValueError("give a mask file, --kernels or --capacity MODEL")
         return self
 
     def run(self) -> None:
@@ -235,6 +243,13 @@ class Inspect(Command):
             from maskllm.kernels.masked_linear import chosen
 
             _report(chosen(), self.as_json)
+        elif self.capacity:
+            from maskllm.capacity import measure
+            from maskllm.core.base import find
+
+            fits = measure(find(self.capacity), int8=self.mask_dtype == "int8")
+            most = {"most slots": fits.most_slots(), "most packed masks": fits.most_packed(self.slots)}
+            _report({**most, "sum": fits.sum(self.slots, self.slots), **asdict(fits)}, self.as_json)
         elif self.file:
             _report(_description(self.file, maskset.load(self.file)), self.as_json)
 

@@ -35,7 +35,8 @@ async def run(settings: Settings) -> None:
         limit = settings.packed or engine.capacity.most_packed(settings.slots)
         masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit)
         masks.scan()
-        logger.info("memory: %s", engine.capacity.sum(settings.slots, limit))
+        sizes = engine.capacity.sum(settings.slots, 0)
+        logger.info("memory: %s; host memory may hold %d packed masks", sizes, limit)
         app = await create_app(engine, masks, metrics, access, settings)
         await masks.restore()
         doors = [(app, sock)]

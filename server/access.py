@@ -186,11 +186,11 @@ class FullHouse:
         await self.app(scope, receive, send)
 
 
-_bearer = HTTPBearer(auto_error=False, description="A key made by `maskllm key`; none where none is set up.")
+BEARER = HTTPBearer(auto_error=False, description="A key made by `maskllm key`; none where none is set up.")
 
 
 async def use(
-    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
 ) -> Caller:
     """The route's caller, who has a key if the server has any."""
     access: Access = request.app.state.access

@@ -53,7 +53,15 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
             raise UnknownMask(f"{DENSE!r} is the dense base, not a mask")
         return await shown(masks.names.mask(name))
 
-    @router.put("/masks/{name}", dependencies=[ADMIN])
+    body = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    body["application/json"] = {"schema": MaskSource.model_json_schema()}
+
+    @router.put(
+        "/masks/{name}",
+        dependencies=[ADMIN],
+        responses={201: {"description": "A mask of a new name"}},
+        openapi_extra={"requestBody": {"content": body}},
+    )
     async def put_mask(name: str, request: Request) -> Response:
         """Load a mask, or replace the one of that name, from an upload, a URL or a file of the folder.
 
@@ -73,7 +81,7 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
                     await landed.fetch(source.url, source.sha256)
                     mask, new = await masks.put(name, landed.path, keep=True)
             elif source.url or source.sha256:
-                raise BadSource("a mask from a url needs both, `url` and `sha256`")
+                raise BadSource("a mask from a url needs both, `url` and `sha256`", "url")
             else:
                 mask, new = await masks.put(name, masks.path(source.file or f"{name}{SUFFIX}"))
         return await shown(mask, 201 if new else 200)
@@ -103,7 +111,9 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
         aliases = {name: each for name, each in masks.names.aliases.items() if caller.may_use(name)}
         return {"object": "list", "data": [_alias(name, each) for name, each in aliases.items()]}
 
-    @router.put("/aliases/{name}", dependencies=[ADMIN])
+    @router.put(
+        "/aliases/{name}", dependencies=[ADMIN], responses={201: {"description": "An alias of a new name"}}
+    )
     async def put_alias(name: str, targets: AliasTargets) -> Response:
         """Let a name stand for a mask, or for several by weight. `default` answers what names no mask."""
         new = masks.names.alias(name, targets.masks)
@@ -133,8 +143,8 @@ def _source(body: bytes) -> MaskSource:
         return TypeAdapter(MaskSource).validate_json(body or b"{}")
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the body"
-        raise BadSource(f"{where}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise BadSource(f"{where}: {first['msg']}", where) from None
 
 
 def _alias(name: str, weights: dict[str, float]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from server import admin, bounds, errors
+from server import admin, bounds, errors, page
 from server.access import Access, Caller, FullHouse, Turn, User, use
 from server.engine.client import Engine, EngineGone
 from server.engine.openai import (
@@ -98,7 +98,7 @@ async def create_app(
                 raise EngineDown
             while mask := masks.names.resolve(request.model, **ways):
                 name = mask.name
-                until_sent.enter_context(engine.using(mask))  # no await since `resolve`
+                until_sent.enter_context(masks.using(mask))  # no await since `resolve`
                 if await masks.ready(mask):
                     break
             name = mask.name if mask else DENSE
@@ -189,6 +189,7 @@ async def create_app(
         return {"version": version("maskllm"), "vllm": vllm_version}
 
     app.include_router(admin.routes(masks, engine.capacity))
+    app.include_router(page.routes(engine, masks, metrics, access))
     _add_health(app, engine)
     if not settings.metrics_port:
         _add_metrics(app, engine, metrics)
@@ -214,12 +215,12 @@ def monitor(engine: Engine, metrics: Metrics) -> FastAPI:
 
 
 def _add_health(app: FastAPI, engine: Engine) -> None:
-    @app.get("/health")
-    async def health() -> Response:
+    @app.get("/health", response_class=PlainTextResponse)
+    async def health() -> str:
         """200 while requests can be answered."""
-        if not engine.up or engine.llm.errored:
+        if not engine.healthy:
             raise EngineDown
-        return Response()
+        return "ok"
 
 
 def _add_metrics(app: FastAPI, engine: Engine, metrics: Metrics) -> None:

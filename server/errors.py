@@ -105,12 +105,6 @@ class TooLarge(ServerError):
     param = None
 
 
-class BadSource(ServerError):
-    """A `PUT` that does not say where the mask is."""
-
-    param = None
-
-
 class UnreachableSource(ServerError):
     """A URL from which no mask could be had."""
 
@@ -145,6 +139,10 @@ class BadField(ServerError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+class BadSource(BadField):
+    """A `PUT` that does not say where the mask is."""
 
 
 class InvalidKey(ServerError):

@@ -9,7 +9,8 @@ import logging
 import math
 import time
 from collections import defaultdict
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -39,6 +40,7 @@ class Use:
     """What requests have asked of a mask."""
 
     requests: int = 0
+    in_flight: int = 0
     last_s: float | None = None
     """Unix time."""
 
@@ -138,13 +140,23 @@ class Masks:
                 except (UnavailableMask, NoRoom) as error:
                     logger.warning("%s", error)
 
+    @contextmanager
+    def using(self, mask: Mask) -> Iterator[None]:
+        """While the block runs, the mask answers a request, and is not unloaded."""
+        mask.use.requests += 1
+        mask.use.in_flight += 1
+        mask.use.last_s = time.time()
+        try:
+            with self.engine.using(mask):
+                yield
+        finally:
+            mask.use.in_flight -= 1
+
     async def ready(self, mask: Mask) -> bool:
         """Load a mask on its first use; False where it was replaced or removed in the meantime.
 
         Raises UnavailableMask or NoRoom, saying why, and then changes nothing.
         """
-        mask.use.requests += 1
-        mask.use.last_s = time.time()
         if mask.id in self.packed:
             return True
         async with self._locks[mask.name]:
@@ -249,7 +261,7 @@ class Masks:
             "pinned": mask.name in self.names.pinned,
             "aliases": self.names.pointing(mask.name),
             "requests": mask.use.requests,
-            "in_flight": self.engine.in_flight(mask),
+            "in_flight": mask.use.in_flight,
             "last_used": mask.use.last_s,
             "n": mask_set.n,
             "m": mask_set.m,

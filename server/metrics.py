@@ -1,6 +1,8 @@
 """The `maskllm_*` metric families, by mask or API key; vLLM's own `vllm:*` stay as they are beside them."""
 
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -9,6 +11,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+WINDOW_S = 60
+"""How long a request that ended counts as recent."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SWAP_SECONDS = tuple(0.0001 * 2 ** (step / 2) for step in range(34))
 """Up to 9 s, and so fine that a percentile is off by a fifth at most."""
@@ -31,7 +35,9 @@ class Finished:
 class Metrics(Collector):
     """Counts what requests report, and shows what the engine last said of its slots."""
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(
+        self, registry: CollectorRegistry = REGISTRY, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"maskllm_{name}", text, ["mask", *labels], registry=registry)
 
@@ -55,6 +61,8 @@ class Metrics(Collector):
             "maskllm_key_tokens", "Prompt and generated tokens by API key.", ["key"], registry=registry
         )
         self.engine: dict[str, Any] = {}
+        self._clock = clock
+        self._recent: deque[tuple[float, Finished]] = deque()
         registry.register(self)
 
     def finish(self, request: Finished) -> None:
@@ -70,6 +78,14 @@ class Metrics(Collector):
         ):
             if seconds is not None:
                 histogram.labels(request.mask).observe(seconds)
+        self._recent.append((self._clock(), request))
+        self.recent()
+
+    def recent(self) -> Iterator[Finished]:
+        """Requests that ended in the last WINDOW_S seconds; older ones are forgotten."""
+        while self._recent and self._recent[0][0] < self._clock() - WINDOW_S:
+            self._recent.popleft()
+        return (request for _, request in self._recent)
 
     def collect(self) -> Iterator[Metric]:
         """The engine's slots, from `self.engine`, which the endpoint refreshes before a scrape."""

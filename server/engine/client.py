@@ -121,6 +121,11 @@ class Engine:
         self.up = True
         self.adapters: dict[str, LoRARequest] = {}
 
+    @property
+    def healthy(self) -> bool:
+        """Whether requests can be answered."""
+        return self.up and not self.llm.errored
+
     async def load(self, mask: Mask) -> str:
         """Load a mask into the engine's host memory; returns why it refuses the file, or nothing.
 
@@ -171,11 +176,18 @@ class Engine:
 
     async def stats(self) -> dict[str, Any]:
         """The worker's slots and swaps; empty while there is no engine."""
+        llm = self.llm
+        call = asyncio.create_task(llm.collective_rpc("mask_stats"))
         try:
-            stats: list[dict[str, Any]] = await self.llm.collective_rpc("mask_stats")
+            while not (await asyncio.wait([call], timeout=WATCH_S))[0]:
+                if llm.errored:  # vLLM never answers a call that was under way when its engine died
+                    return {}
+            stats: dict[str, Any] = call.result()[0]
+            return stats
         except EngineDeadError:
             return {}
-        return stats[0]
+        finally:
+            call.cancel()
 
     async def mount(self, app: FastAPI) -> None:
         """Give the app vLLM's error handlers and middleware, and the engine's state."""
@@ -295,6 +307,9 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     if not compiled:
         why = "g++ or Python.h is missing" if current_platform.is_cpu() else "it is on a GPU"
         logger.info("the model is not compiled, as %s", why)
+    if current_platform.is_cpu() and not compiler:
+        # vLLM's sampler compiles what counts ranks, whatever the model does: logprobs would end the engine.
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
     flags = ["--enable-lora", "--disable-uvicorn-access-log"]  # the request log says more
     if not compiled:
         flags.append("--enforce-eager")
@@ -315,10 +330,12 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         "pipeline_parallel_size": 1,
         "data_parallel_size": 1,
         "api_server_count": 1,
+        "shutdown_timeout": 0,
     }
     for option, value in must.items():
         if (given := getattr(args, option)) not in (value, None):
-            hint = "use --name" if option == "served_model_name" else "leave the option out"
+            ours_for = {"served_model_name": "use --name", "shutdown_timeout": "use --grace-s"}
+            hint = ours_for.get(option, "leave the option out")
             raise BadOptions(f"--{option.replace('_', '-')} {given} does not work with masks yet: {hint}")
     return args
 

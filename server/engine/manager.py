@@ -7,6 +7,7 @@ read meanwhile (`read`); a swap (host memory to slot) happens in `set_active_ada
 mask that is not resident.
 """
 
+import ctypes
 import time
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict
@@ -126,7 +127,10 @@ class MaskManager:
         self.reads.pop(mask_id, None)
         self.resident.pop(mask_id, None)
         self.names.pop(mask_id, None)
-        return self.packed.pop(mask_id, None) is not None
+        had = self.packed.pop(mask_id, None) is not None
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # or glibc keeps what was freed between other blocks
+        return had
 
     def remove_all_adapters(self) -> None:
         self.dummies.clear()

@@ -331,8 +331,8 @@ def test_a_gpu_that_is_not_there_is_said_so(base_folder: Path, text: Path, run: 
             "--optimizer adamw8bit goes with --parallel ddp only",
         ),
         ("verify", "the following arguments are required: FILE"),
-        ("inspect", "give a mask file or --kernels"),
-        ("inspect mask.safetensors --kernels", "give a mask file or --kernels"),
+        ("inspect", "give a mask file, --kernels or --capacity MODEL"),
+        ("inspect mask.safetensors --kernels", "give a mask file, --kernels or --capacity MODEL"),
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(command: str, message: str, run: Run) -> None:

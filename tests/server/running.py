@@ -33,6 +33,8 @@ KEYS = {
     "wordy": {"role": "use", "tokens_per_minute": 30},
     "single": {"role": "use", "concurrency": 1},
 }
+HOSTILE = "<img src=x onerror=alert(1)>"
+"""A name that must never become markup."""
 START_S = 240
 
 
@@ -56,7 +58,7 @@ def bearer(key: str = "boss") -> dict[str, str]:
 
 
 @contextmanager
-def serving(masks: Path, log: Path, *options: str) -> Iterator[Server]:
+def serving(masks: Path, log: Path, *options: str, **environment: str) -> Iterator[Server]:
     """The demo base under the masks of a folder, in fp32, until the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -72,7 +74,7 @@ def serving(masks: Path, log: Path, *options: str) -> Iterator[Server]:
             [str(word) for word in command],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         )
     server = Server(f"http://127.0.0.1:{port}", masks, log, process)
     try:

@@ -27,7 +27,7 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "masks.json").write_text('{"aliases": {"law": {"legal": 1}}, "pinned": ["legal"]}')
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with serving(folder, log, "--packed", str(PACKED), "--enforce-eager") as server:
+    with serving(folder, log, "--packed", str(PACKED), CXX="no-compiler") as server:
         yield server
 
 
@@ -53,6 +53,14 @@ def test_what_was_pinned_and_named_is_there_from_the_start(lone: Server):
         assert api.get("/v1/masks/legal").json()["state"] == "resident"
         answer = api.post("/v1/completions", params={"mask": "law"}, json=SHORT)
         assert answer.headers["X-Mask"].startswith("legal@")
+
+
+def test_without_a_compiler_logprobs_are_answered_like_anything_else(lone: Server):
+    with lone.client() as api:
+        answer = api.post("/v1/completions", params={"mask": "legal"}, json={**SHORT, "logprobs": 2})
+        assert answer.status_code == 200
+        assert len(answer.json()["choices"][0]["logprobs"]["top_logprobs"]) == 8
+        assert api.get("/health").status_code == 200
 
 
 def test_host_memory_holds_no_more_masks_than_it_may_and_frees_the_least_recently_used(lone: Server):
@@ -90,6 +98,7 @@ def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_s
         engine = next(p for p in psutil.Process(lone.process.pid).children() if "EngineCore" in p.name())
         engine.kill()
         killed = time.monotonic()
+        assert api.get("/v1/masks", timeout=5).status_code == 200  # asks an engine that will not answer
         whole.join(5)
         stream.join(5)
         assert time.monotonic() - killed < 5

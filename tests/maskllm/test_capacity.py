@@ -1,0 +1,42 @@
+"""What a base and its masks take, against the files that hold them."""
+
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from maskllm import capacity
+from maskllm.capacity import PROGRAMS_BYTES, Capacity, measure
+from maskllm.core import maskset
+from maskllm.kernels import cpu
+
+DEMO = Path(__file__).parents[2] / "examples/demo"
+
+
+def test_a_base_takes_its_tensors_and_a_mask_what_its_file_holds():
+    with safe_open(DEMO / "base/model.safetensors", "pt") as file:
+        tensors = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    mask = maskset.load(DEMO / "masks/legal.safetensors")
+    fits = measure(DEMO / "base", kv=7)
+    assert fits.base == tensors
+    assert fits.packed == sum(packed.nbytes for packed in mask.packed.values())
+    bits = 8 if cpu.why_not() else 9  # a bool each, or 16 bits for half of them and a bit each
+    assert fits.slot == mask.weights * bits / 8
+    assert fits.kv == 7
+
+
+def test_as_many_masks_fit_as_the_sum_leaves_room_for():
+    fits = Capacity(base=100, slot=10, packed=1, kv=50, free=PROGRAMS_BYTES + 100 + 50 + 115)
+    assert fits.most_slots() == 10  # 11 bytes each
+    assert fits.needs(10, 10) <= fits.free < fits.needs(11, 11)
+    assert fits.most_packed(slots=8) == 35
+    assert fits.needs(8, 35) == fits.free
+    assert Capacity(100, 10, 1, 50, free=20).most_slots() == 0
+
+
+@pytest.mark.parametrize(("limit", "left"), [("5000", 4000), ("max", None)])
+def test_in_a_container_its_limit_counts(tmp_path: Path, monkeypatch, limit: str, left: int | None):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(capacity, "CGROUP", tmp_path)
+    assert (capacity.free_bytes() == left) == (left is not None)
