@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited
+from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited, handle
 from server.logs import CURRENT
 
 Clock = Callable[[], float]
@@ -147,17 +148,43 @@ class Access:
             raise InvalidKey("this API key is not one of the server's")
         return found[0]
 
+    def check_room(self) -> None:
+        """Raise Overloaded where no more requests are taken."""
+        if self.waiting >= self.max_waiting:
+            raise Overloaded(f"the server has {self.waiting} requests in flight and takes no more at a time")
+
     @contextmanager
     def turn(self, caller: Caller) -> Iterator[None]:
         """One request of a caller. Raises RateLimited or Overloaded where it cannot be taken now."""
-        if self.waiting >= self.max_waiting:
-            raise Overloaded(f"the server has {self.waiting} requests in flight and takes no more at a time")
+        self.check_room()
         with caller.turn():
             self.waiting += 1
             try:
                 yield
             finally:
                 self.waiting -= 1
+
+
+class FullHouse:
+    """ASGI middleware: where no more requests are taken, those that compute are refused unread, whoever asks.
+
+    To read and check ten requests that are then refused would take the time of the one that is answered.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, paths: Collection[str]) -> None:
+        self.app = app
+        self.access = access
+        self.paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in self.paths:
+            try:
+                self.access.check_room()
+            except Overloaded as error:
+                refusal = await handle(Request(scope), error)
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 BEARER = HTTPBearer(auto_error=False, description="A key made by `maskllm key`; none where none is set up.")

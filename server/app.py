@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from server import admin, bounds, errors, page
-from server.access import Access, Caller, Turn, User, use
+from server.access import Access, Caller, FullHouse, Turn, User, use
 from server.engine.client import Engine, EngineGone
 from server.engine.openai import (
     ChatCompletionRequest,
@@ -197,6 +197,8 @@ async def create_app(
     app.state.access = access
     app.add_middleware(bounds.BodyLimit, most=settings.max_body_bytes)
     await engine.mount(app)
+    computing = {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
+    app.add_middleware(FullHouse, access=access, paths=computing)
     app.add_middleware(RequestLog, metrics=metrics)  # last, and so around all
     errors.register(app)
     for death in (EngineDeadError, EngineGone):

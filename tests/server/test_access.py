@@ -6,12 +6,14 @@ import re
 import threading
 from hashlib import sha256
 
+import httpx
 import openai
 import pytest
+from fastapi import Response
 from running import KEYS, Server, bearer
 
 from maskllm import cli
-from server.access import Access, BadKeys, Bucket, Caller, Key, admin, read_keys
+from server.access import Access, BadKeys, Bucket, Caller, FullHouse, Key, admin, read_keys
 from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited
 
 ASK = {"prompt": "The Secretary shall", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -232,6 +234,31 @@ def test_one_request_more_than_the_server_takes_is_refused_and_the_next_is_not()
         assert refused.value.status == 503
     with access.turn(caller):
         pass
+
+
+def test_where_no_more_is_taken_a_request_that_computes_is_refused_unread_and_others_pass():
+    access, reached = Access([], max_waiting=1), []
+
+    async def app(scope, receive, send) -> None:
+        reached.append(scope["path"])
+        await Response()(scope, receive, send)
+
+    async def body():
+        raise AssertionError("the body was read")
+        yield b""
+
+    async def ask(path: str, **content) -> httpx.Response:
+        door = httpx.ASGITransport(FullHouse(app, access, {"/v1/completions"}))
+        async with httpx.AsyncClient(transport=door, base_url="http://x") as http:
+            return await http.post(path, **content)
+
+    with access.turn(access.who(None)):
+        refused = asyncio.run(ask("/v1/completions", content=body()))
+        assert asyncio.run(ask("/v1/masks")).status_code == 200
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert refused.json()["error"]["type"] == "server_error"
+    assert asyncio.run(ask("/v1/completions")).status_code == 200
+    assert reached == ["/v1/masks", "/v1/completions"]
 
 
 def test_the_third_of_two_requests_a_minute_is_a_429_that_says_when_to_come_back(server: Server):
