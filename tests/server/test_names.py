@@ -75,7 +75,7 @@ def test_what_is_unknown_is_refused_with_what_there_is(names: Names):
         names.resolve(None, query="nope")
     with pytest.raises(UnknownMask, match="its file was refused: it is cut off"):
         names.mask("broken")
-    with pytest.raises(UnknownMask, match="'legal' is an alias for legal@v1"):
+    with pytest.raises(UnknownMask, match="'legal' is an alias, not a mask"):
         names.mask("legal")
     with pytest.raises(UnknownModel, match="no model 'other:legal'"):
         names.resolve("other:legal")
