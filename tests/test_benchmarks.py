@@ -29,6 +29,9 @@ KNOWN_MISSES = {
     "end-to-end: batch 4 | int8 slots, times": 1.3,
     "end-to-end: batch 16 | bf16 slots, times": 1.0,
     "end-to-end: batch 16 | int8 slots, times": 1.1,
+    # Measured on one core, which the API and the engine shared: a millisecond a request, of which the engine
+    # for a model of 5.8 M needs 17.
+    "overhead: tokens/s, 16 at a time | ours / bare": 0.92,
 }
 """Figures we publish although they miss their must, and what they may not fall below; whoever mends one takes
 it out here."""
