@@ -38,6 +38,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.stats import SchedulerStats
 
 from maskllm.capacity import Capacity, measure
 from maskllm.kernels.masked_linear import bf16_on_cpu
@@ -111,6 +113,18 @@ class MaskedLLM(AsyncLLM):
                 self.metrics.finish(finished)
                 if entry:
                     entry.finish(finished)
+
+
+class MaskStatLogger(PrometheusStatLogger):
+    """vLLM's metrics, where `vllm:lora_requests_info` says which masks run and wait now.
+
+    vLLM keeps a series for every combination of them that there ever was: 200 masks make thousands an hour.
+    """
+
+    def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kwargs: Any) -> None:
+        if scheduler_stats is not None and self.gauge_lora_info is not None:
+            self.gauge_lora_info.clear()
+        super().record(scheduler_stats, *args, **kwargs)
 
 
 class Engine:
@@ -269,7 +283,9 @@ class Engine:
 
     def _start(self) -> MaskedLLM:
         config = configuration(self.args)
-        llm = MaskedLLM.from_vllm_config(config, disable_log_stats=self.args.disable_log_stats)
+        silent = self.args.disable_log_stats
+        loggers = None if silent else [MaskStatLogger]
+        llm = MaskedLLM.from_vllm_config(config, stat_loggers=loggers, disable_log_stats=silent)
         llm.metrics = self.metrics
         return llm
 

@@ -328,6 +328,13 @@ def test_every_family_of_the_design_is_exported_by_mask_beside_vllms_own(http):
     assert "vllm:time_to_first_token_seconds" in text
 
 
+def test_which_masks_run_is_one_series_however_many_ran_before(http):
+    for mask in ("legal", "medical", "code"):
+        http.post("/v1/completions", params={"mask": mask}, json=ASK)
+    series = re.findall(r"^vllm:lora_requests_info{.*$", http.get("/metrics").text, re.M)
+    assert len(series) == 1
+
+
 def test_a_prompt_that_is_too_long_is_a_400_and_counted(http):
     before = metric(http, "maskllm_errors_total", mask="legal", status="400")
     answer = http.post("/v1/completions", params={"mask": "legal"}, json={**ASK, "prompt": "law " * 2000})
