@@ -124,7 +124,7 @@ def serving(masks: Path, folder: Path, *options: object, before: tuple[str, ...]
 
 
 @contextmanager
-def running(command: list[Any], log: Path) -> Iterator[Server]:
+def running(command: list[Any], log: Path, **environment: str) -> Iterator[Server]:
     """A server's command on a port of its own until the block ends, once it is healthy."""
     port = free_port()
     with log.open("wb") as out:
@@ -133,7 +133,7 @@ def running(command: list[Any], log: Path) -> Iterator[Server]:
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
@@ -175,4 +175,4 @@ def _wait_until_healthy(server: Server) -> None:
                 return
         except httpx.TransportError:
             time.sleep(0.5)
-    sys.exit(f"the server did not start:\n{server.log.read_text()[-4000:]}")
+    raise RuntimeError(f"the server did not start:\n{server.log.read_text()[-4000:]}")

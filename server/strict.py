@@ -72,7 +72,15 @@ def refuse_unknown(body: BaseModel, at: str = "") -> None:
 class StrictRequest(Request):
     """Its JSON has no NaN, half surrogate pair, endless nesting or huge number: those fail further in."""
 
+    _value: Any = None
+
     async def json(self) -> Any:
+        """The body, parsed once, whoever asks."""
+        if self._value is None:
+            self._value = await self._parse()
+        return self._value
+
+    async def _parse(self) -> Any:
         try:
             value = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:

@@ -391,7 +391,7 @@ def test_inspect_says_with_which_kernels_masks_would_run_and_why(
     assert "MASKLLM_BACKEND=abacus is not on this machine, which has reference" in err
 
 
-@pytest.mark.skipif(not cpu.available(), reason="the C++ kernels were not built: there was no g++")
+@pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 def test_bench_measures_every_contender_and_prints_milliseconds(run: Run) -> None:
     code, out, err = run("bench", "swap", "--shape", "256", "512", "--rounds", "3", "--json")
     assert code == 0, err

@@ -1,12 +1,8 @@
 """A real server to test: how to start it, and masks it must take or refuse."""
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +10,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import httpx
-import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from serving import running
 
 from maskllm.core import maskset
 from maskllm.core.base import Base
@@ -35,7 +33,6 @@ KEYS = {
 }
 HOSTILE = "<img src=x onerror=alert(1)>"
 """A name that must never become markup."""
-START_S = 240
 
 
 @dataclass(frozen=True)
@@ -60,33 +57,13 @@ def bearer(key: str = "boss") -> dict[str, str]:
 @contextmanager
 def serving(masks: Path, log: Path, *options: str, **environment: str) -> Iterator[Server]:
     """The demo base under the masks of a folder, in fp32, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     keys = log.with_name("keys.json")
     entries = [{"id": id, "sha256": sha256(id.encode()).hexdigest(), **key} for id, key in KEYS.items()]
     keys.write_text(json.dumps(entries))
     command = [sys.executable, "-m", "server", "--keys", keys, "--model", BASE, "--masks", masks]
-    command += ["--port", port, "--slots", SLOTS, "--dtype", "float32"]
-    command += ["--max-completion-tokens", MAX_COMPLETION_TOKENS, *options]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        )
-    server = Server(f"http://127.0.0.1:{port}", masks, log, process)
-    try:
-        _wait_until_healthy(server)
-        yield server
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    command += ["--slots", SLOTS, "--dtype", "float32", "--max-completion-tokens", MAX_COMPLETION_TOKENS]
+    with running([*command, *options], log, **environment) as started:
+        yield Server(started.url, masks, log, started.process)
 
 
 def random_mask(base: Base, path: Path, seed: int, fingerprint: str | None = None) -> Path:
@@ -96,14 +73,3 @@ def random_mask(base: Base, path: Path, seed: int, fingerprint: str | None = Non
     masks = {name: best(torch.rand(shape, generator=noise)) for name, shape in layers.items()}
     maskset.save(maskset.from_masks(masks, Base(fingerprint or base.fingerprint, base.shapes)), path)
     return path
-
-
-def _wait_until_healthy(server: Server) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and server.process.poll() is None:
-        try:
-            if httpx.get(f"{server.url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start:\n{server.log.read_text()[-4000:]}")
