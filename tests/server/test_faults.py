@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 from running import MASKS, Server, serving
+from test_api import metric
 
 LONG = {"prompt": "The Secretary shall", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "The Secretary shall", "max_tokens": 8, "temperature": 0}
@@ -108,11 +109,13 @@ def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_s
 
         time.sleep(max(0, killed + 2 - time.monotonic()))
         assert api.get("/health").status_code == 503
+        assert metric(api, "maskllm_engine_up") == 0
         assert api.post("/v1/completions", params={"mask": "legal"}, json=SHORT).status_code == 503
         assert api.get("/v1/masks").status_code == 200
         while api.get("/health").status_code == 503:
             assert time.monotonic() - killed < 240
             time.sleep(0.5)
+        assert metric(api, "maskllm_engine_up") == metric(api, "maskllm_engine_restarts_total") == 1
         after = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT)
         assert after.json()["choices"] == before
         again = {mask["id"]: mask["state"] for mask in api.get("/v1/masks").json()["data"]}
