@@ -493,7 +493,7 @@ def masks() -> Any:
         series(
             "Longest wait",
             "Longest that a request of the mask has been without a new token. Masks that wait for "
-            "a slot take turns, so that none waits for ever: docs/serving.md has the bound.",
+            "a slot take turns, so that none waits for ever: docs/api.md has the bound.",
             "s",
             (f"max by (mask) (maskllm_longest_wait_seconds{{{MASKS}}})", "{{mask}}"),
             steps=bad(30),

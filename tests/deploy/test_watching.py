@@ -113,6 +113,7 @@ def watching(server: Server, folder: Path) -> Iterator[Watched]:
         }
         settings["scrape_configs"] = [job for job in settings["scrape_configs"] if job["job_name"] in targets]
         for job in settings["scrape_configs"]:
+            job.pop("dns_sd_configs", None)
             job["static_configs"][0]["targets"] = [targets[job["job_name"]]]
 
     def sooner(rules: Any) -> None:
