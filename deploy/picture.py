@@ -34,6 +34,8 @@ COLORS = {
     "green": "#3a9d4f", "yellow": "#d9a300", "orange": "#e5761a", "red": "#cf3a34", "blue": "#4a7fd0",
     "gray": "#b8b8b8",
 }  # fmt: skip
+A_SECOND = {"reqps": "requests/s", "ops": "/s", "tokens/s": "tokens/s"}
+"""Units that stand in a panel's title."""
 LEGEND = 8
 """Most names in a legend."""
 
@@ -42,18 +44,17 @@ def written(value: float, unit: str) -> str:
     """A value as Grafana writes it, nearly."""
     if math.isnan(value):
         return "-"
+    if value == 0:
+        return "0"
     if unit == "percentunit":
         return f"{100 * value:.3g} %"
     scales = {
         "s": [(86400, "d"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "µs")],
-        "bytes": [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B")],
+        "decbytes": [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")],
     }.get(unit, [(1e6, "M"), (1e3, "k"), (1, "")])
-    suffix = {"reqps": " req/s", "ops": " ops/s", "tokens/s": " tokens/s"}.get(unit, "")
     size, name = next((each for each in scales if abs(value) >= each[0]), scales[-1])
-    if value == 0:
-        size, name = 1, {"s": "s", "bytes": "B"}.get(unit, "")
-    gap = " " if unit in ("s", "bytes") else ""
-    return f"{value / size:.3g}{gap}{name}{suffix}"
+    gap = " " if unit in ("s", "decbytes") else ""
+    return f"{value / size:.3g}{gap}{name}"
 
 
 class Picture:
@@ -92,7 +93,8 @@ class Picture:
             if panel["type"] == "row":
                 self._text(x + 0.3, y + 0.8, panel["title"], size=11, weight="bold", color="#555555")
                 continue
-            self._text(x + 0.3, y + 0.7, panel["title"], size=9)
+            unit = A_SECOND.get(panel["fieldConfig"]["defaults"]["unit"])
+            self._text(x + 0.3, y + 0.7, panel["title"] + (f", {unit}" if unit else ""), size=9)
             draw = {
                 "stat": self._stat,
                 "timeseries": self._series,
@@ -168,14 +170,13 @@ class Picture:
             if fields["custom"]["thresholdsStyle"]["mode"] != "off" and step["value"] < axes.get_ylim()[1]:
                 axes.axhline(step["value"], color=COLORS[step["color"]], linewidth=0.8, linestyle="--")
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: written(value, fields["unit"]).split(" tok")[0])
-        )
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value, fields["unit"])))
         axes.grid(color="#e6e6e6", linewidth=0.6)
         self._over_time(axes)
         shown = axes.get_legend_handles_labels()
         legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": 6.5, "frameon": False}
-        axes.legend(*(each[:LEGEND] for each in shown), ncol=4, handlelength=1, columnspacing=0.8, **legend)
+        legend["ncol"] = 4 if max(len(name) for name in shown[1]) < 13 else 2
+        axes.legend(*(each[:LEGEND] for each in shown), handlelength=1, columnspacing=0.8, **legend)
 
     def _timeline(self, panel: dict[str, Any], board: dict[str, Any], box: tuple[float, ...]) -> None:
         (mapping,) = panel["fieldConfig"]["defaults"]["mappings"]
