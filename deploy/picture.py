@@ -21,7 +21,7 @@ import numpy as np
 from check_dashboards import DASHBOARDS, Prometheus, Series, filled_in
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LinearLocator, MaxNLocator
 
 COLUMNS = [["overview", "engine"], ["masks"]]
 """Which dashboards stand above each other."""
@@ -225,7 +225,7 @@ class Picture:
 
     def _over_time(self, axes: Axes) -> None:
         axes.set_xlim(self.dates[0], self.dates[-1])
-        axes.xaxis.set_major_locator(mdates.AutoDateLocator(minticks=3, maxticks=5))
+        axes.xaxis.set_major_locator(LinearLocator(4))
         axes.xaxis.set_major_formatter(mdates.DateFormatter("%H:%M"))
         axes.tick_params(labelsize=6.5, length=2, color="#999999")
         for spine in axes.spines.values():

@@ -23,6 +23,7 @@ import yaml
 
 sys.path += [str(Path(__file__).parents[2] / "deploy"), str(Path(__file__).parents[2] / "benchmarks")]
 from check_dashboards import Prometheus, check
+from picture import Picture
 from serving import MASKS, Server, free_port, serving
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -185,6 +186,11 @@ def test_every_query_of_every_dashboard_finds_something_after_traffic(watched: W
     sum_of_swaps = 'sum(maskllm_swaps_total{source="host"})'
     until(lambda: (value(watched, sum_of_swaps) or 0) > 3)
     assert check(watched.prometheus, minutes=1, window=WINDOW) == []
+
+
+def test_the_same_panels_can_be_drawn(watched: Watched, tmp_path: Path):
+    Picture(watched.prometheus, minutes=1, window=WINDOW, step_s=1).draw(tmp_path / "dashboards.png")
+    assert (tmp_path / "dashboards.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_query_that_is_wrong_and_one_that_finds_nothing_are_noticed(
