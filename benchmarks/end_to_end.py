@@ -311,9 +311,10 @@ async def ours(contender: Contender, folder: Path) -> AsyncIterator[tuple[Any, l
         mask_dtype=contender.mask_dtype,
         engine=options,
     )
-    with start(settings, folder / "base", Metrics()) as (engine, _):
+    metrics = Metrics()
+    with start(settings, folder / "base", metrics) as (engine, _):
         base = read_base(folder / "base")
-        masks = Masks(settings.masks, settings.name, base, engine, MASKS, MASKS)
+        masks = Masks(settings.masks, settings.name, base, engine, MASKS, MASKS, metrics)
         masks.scan()
         for mask in masks.known.values():
             assert await masks.ready(mask)

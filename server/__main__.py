@@ -33,7 +33,7 @@ async def run(settings: Settings) -> None:
     aside = socket.create_server((settings.host, settings.metrics_port)) if settings.metrics_port else None
     with start(settings, folder, metrics) as (engine, sock):
         limit = settings.packed or engine.capacity.most_packed(settings.slots)
-        masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit)
+        masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit, metrics)
         masks.scan()
         sizes = engine.capacity.sum(settings.slots, 0)
         logger.info("memory: %s; host memory may hold %d packed masks", sizes, limit)

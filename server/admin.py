@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from maskllm.capacity import Capacity
 from server.access import ADMIN, Caller, User
-from server.errors import BadSource, UnknownMask
+from server.errors import BadSource, RefusedMask, UnknownMask
 from server.masks import SUFFIX, Mask, Masks
 from server.names import DENSE, Weights
 from server.sources import landing
@@ -69,21 +69,22 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
         NAME.safetensors in the folder.
         """
         masks.check(name)
-        if request.headers.get("content-type", "").startswith("application/octet-stream"):
-            request.state.max_body_bytes = masks.most_bytes
-            with landing(masks.folder, masks.most_bytes) as landed:
-                await landed.receive(request.stream())
-                mask, new = await masks.put(name, landed.path, keep=True)
-        else:
-            source = _source(await request.body())
-            if source.url and source.sha256:
+        with masks.metrics.refused.count_exceptions(RefusedMask):
+            if request.headers.get("content-type", "").startswith("application/octet-stream"):
+                request.state.max_body_bytes = masks.most_bytes
                 with landing(masks.folder, masks.most_bytes) as landed:
-                    await landed.fetch(source.url, source.sha256)
+                    await landed.receive(request.stream())
                     mask, new = await masks.put(name, landed.path, keep=True)
-            elif source.url or source.sha256:
-                raise BadSource("a mask from a url needs both, `url` and `sha256`", "url")
             else:
-                mask, new = await masks.put(name, masks.path(source.file or f"{name}{SUFFIX}"))
+                source = _source(await request.body())
+                if source.url and source.sha256:
+                    with landing(masks.folder, masks.most_bytes) as landed:
+                        await landed.fetch(source.url, source.sha256)
+                        mask, new = await masks.put(name, landed.path, keep=True)
+                elif source.url or source.sha256:
+                    raise BadSource("a mask from a url needs both, `url` and `sha256`", "url")
+                else:
+                    mask, new = await masks.put(name, masks.path(source.file or f"{name}{SUFFIX}"))
         return await shown(mask, caller, 201 if new else 200)
 
     @router.delete("/masks/{name}", status_code=204, dependencies=[ADMIN])

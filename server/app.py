@@ -191,7 +191,7 @@ async def create_app(
     await engine.mount(app)
     computing = {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
     app.add_middleware(FullHouse, access=access, paths=computing)
-    app.add_middleware(RequestLog, metrics=metrics)  # last, and so around all
+    app.add_middleware(RequestLog, metrics=metrics, paths=computing)  # last, and so around all
     errors.register(app)
     for death in (EngineDeadError, EngineGone):
         app.add_exception_handler(death, errors.handle_death)

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -65,9 +65,14 @@ class RequestLog:
     Routes that need no key, which are polled, are logged only where they fail.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
+        """`paths` are the routes that compute, whose answers are counted by path."""
         self.app = app
         self.metrics = metrics
+        self.paths = paths
+        for path in paths:
+            for status in (200, 500, 503):
+                metrics.responses.labels(path, status)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,6 +110,8 @@ class RequestLog:
         status = entry.status or 500
         if entry.key is None and status < 400:
             return
+        if scope["path"] in self.paths:
+            self.metrics.responses.labels(scope["path"], status).inc()
         tokens = entry.prompt_tokens + entry.completion_tokens
         self.metrics.key_requests.labels(entry.key or "", status).inc()
         self.metrics.key_tokens.labels(entry.key or "").inc(tokens)

@@ -28,6 +28,7 @@ from server.errors import (
     UnknownMask,
     UnwritableFolder,
 )
+from server.metrics import Metrics
 from server.names import DENSE, NAME, PARTIAL, UNFIT, BadState, Names
 
 logger = logging.getLogger("maskllm.masks")
@@ -80,6 +81,9 @@ class Engine(Protocol):
     async def pin(self, mask: Mask, pinned: bool) -> None:
         """Make a loaded mask resident for good, or no longer."""
 
+    async def forget(self, name: str) -> None:
+        """Drop what is counted of a mask that is no more."""
+
     def using(self, mask: Mask) -> AbstractContextManager[None]:
         """While the block runs, the mask is not unloaded."""
 
@@ -94,7 +98,14 @@ class Masks:
     """The masks of one base by name."""
 
     def __init__(
-        self, folder: Path, base_name: str, base: Base, engine: Engine, slots: int, limit: int
+        self,
+        folder: Path,
+        base_name: str,
+        base: Base,
+        engine: Engine,
+        slots: int,
+        limit: int,
+        metrics: Metrics,
     ) -> None:
         """`limit` is how many masks the engine's host memory may hold."""
         self.folder = folder.resolve()
@@ -105,6 +116,9 @@ class Masks:
         self.limit = limit
         self.known: dict[str, Mask] = {}
         self.refused: dict[str, str] = {}
+        self.metrics = metrics
+        metrics.known = self.known
+        metrics.refused_files.set_function(lambda: len(self.refused))
         self.packed: dict[int, Mask] = {}
         self.names = Names(self.folder / "masks.json", base_name, self.known, self.refused)
         if len(self.names.pinned) >= slots:
@@ -130,6 +144,7 @@ class Masks:
             name = path.name.removesuffix(SUFFIX)
             try:
                 self.known[name] = self._read(name, path)
+                self.metrics.load_failures.labels(name)
             except (BadMaskName, RefusedMask) as error:
                 self.refused[name] = str(error)
                 logger.warning("refused %s: %s", path.name, error)
@@ -200,6 +215,7 @@ class Masks:
                     await self.engine.pin(held, True)
                 raise
             self.known[name] = self.packed[mask.id] = mask
+            self.metrics.load_failures.labels(name)
             self.refused.pop(name, None)
         if retired:
             await self._unload(retired)
@@ -219,6 +235,8 @@ class Masks:
             self.names.pin(mask.name, False)
             del self.known[mask.name]
         await self._unload(mask)
+        if mask.name not in self.known:  # published anew while its last request was answered
+            await self.engine.forget(mask.name)
 
     async def pin(self, name: str, pinned: bool) -> Mask:
         """Keep a mask resident in a slot, or no longer. Raises NoRoom where no slot would be left."""
@@ -311,17 +329,19 @@ class Masks:
         """Pack a mask, pinned if its name is, where it is not packed yet."""
         if mask.id in self.packed:
             return
-        await self._make_room()
-        self._loading += 1
-        try:
-            if refusal := await self.engine.load(mask):
-                raise UnavailableMask(
-                    f"mask {mask.name!r} cannot be loaded: {refusal}; "
-                    f"put its file back, or PUT /v1/masks/{mask.name}"
-                )
-            self.packed[mask.id] = mask
-        finally:
-            self._loading -= 1
+        failures = self.metrics.load_failures.labels(mask.name)
+        with failures.count_exceptions((UnavailableMask, NoRoom)):
+            await self._make_room()
+            self._loading += 1
+            try:
+                if refusal := await self.engine.load(mask):
+                    raise UnavailableMask(
+                        f"mask {mask.name!r} cannot be loaded: {refusal}; "
+                        f"put its file back, or PUT /v1/masks/{mask.name}"
+                    )
+                self.packed[mask.id] = mask
+            finally:
+                self._loading -= 1
         if mask.name in self.names.pinned:
             await self.engine.pin(mask, True)
 

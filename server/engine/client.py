@@ -8,7 +8,7 @@ import shutil
 import sysconfig
 import time
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
 from dataclasses import replace
@@ -136,6 +136,7 @@ class Engine:
         self.metrics = metrics
         self.llm = self._start()
         self.up = True
+        metrics.engine_up.set_function(lambda: self.healthy)
         self.adapters: dict[str, LoRARequest] = {}
 
     @property
@@ -188,6 +189,12 @@ class Engine:
         with suppress(EngineDeadError):
             await self._ask(self.llm.engine_core.call_utility_async("pin_mask", mask.id, pinned))
 
+    async def forget(self, name: str) -> None:
+        """Drop what is counted of a mask that is no more."""
+        self.metrics.forget(name)
+        with suppress(EngineDeadError):
+            await self._ask_workers("forget_mask", name)
+
     def using(self, mask: Mask) -> AbstractContextManager[None]:
         """While the block runs, the mask is not unloaded."""
         return self.llm.using(mask.id)
@@ -197,11 +204,22 @@ class Engine:
         return self.llm.in_flight[mask.id]
 
     async def stats(self) -> dict[str, Any]:
-        """The workers' slots and swaps; empty while there is no engine."""
+        """The workers' slots and swaps, and each mask's waits; empty while there is no engine."""
         try:
-            return _together(await self._ask_workers("mask_stats"))
+            return _together(await self._ask_workers("mask_stats")) | {"waits": self._waits()}
         except EngineDeadError:
             return {}
+
+    def _waits(self) -> dict[str, list[float]]:
+        """Of each mask's requests in the engine, the seconds since their last token, or their arrival."""
+        waits: defaultdict[str, list[float]] = defaultdict(list)
+        for state in self.llm.output_processor.request_states.values():
+            waited = 0.0
+            if stats := state.stats:  # none with --disable-log-stats
+                began = stats.last_token_ts
+                waited = time.monotonic() - began if began else time.time() - stats.arrival_time
+            waits[state.lora_name or DENSE].append(max(0.0, waited))
+        return waits
 
     async def _ask_workers(self, method: str, *args: Any) -> list[Any]:
         """The answer of each rank."""
@@ -266,6 +284,7 @@ class Engine:
             if not self.llm.errored:
                 continue
             self.up, begin = False, time.monotonic()
+            self.metrics.engine_restarts.inc()
             logger.error("the engine died; starting another")
             # In threads: the door stays open meanwhile, and says that it is down.
             await asyncio.to_thread(self.llm.shutdown)

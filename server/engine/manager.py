@@ -59,6 +59,8 @@ class MaskManager:
         # By source: how many swaps fell into each bucket of SWAP_SECONDS, and the seconds of them all.
         self.swaps: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(SWAP_SECONDS) + 1))
         self.swap_seconds: defaultdict[str, float] = defaultdict(float)
+        # By source, then by mask, which may be packed anew many times: a mask's are kept until `forget`.
+        self.swapped: dict[str, Counter[str]] = {"disk": Counter(), "host": Counter()}
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:  # noqa: ARG002
         """Called once, after the weights are there: give every linear layer its slots."""
@@ -115,7 +117,7 @@ class MaskManager:
             return False
         self.packed[mask_id], seconds = self.reads.pop(mask_id).result()
         self.names[mask_id] = name
-        self._count("disk", seconds)
+        self._count("disk", name, seconds)
         return True
 
     def remove_adapter(self, mask_id: int) -> bool:
@@ -182,7 +184,13 @@ class MaskManager:
             "resident_bytes": dict(resident),
             "packed_bytes": dict(packed),
             "swaps": {source: (counts, self.swap_seconds[source]) for source, counts in self.swaps.items()},
+            "swapped": {source: dict(counts) for source, counts in self.swapped.items()},
         }
+
+    def forget(self, name: str) -> None:
+        """Drop the counts of a mask that is no more."""
+        for counts in self.swapped.values():
+            counts.pop(name, None)
 
     # What vLLM's warm-up asks of an adapter manager; there is nothing to warm.
 
@@ -226,7 +234,7 @@ class MaskManager:
         for name in self.layers:
             self._fill(name, slot, mask_id)
         self.resident[mask_id] = slot
-        self._count("host", time.perf_counter() - begin)
+        self._count("host", self.names[mask_id], time.perf_counter() - begin)
 
     def _fill(self, name: str, slot: int, mask_id: int) -> None:
         """Write one layer's mask, put together from its parts; a part without one keeps all.
@@ -254,9 +262,10 @@ class MaskManager:
         ]
         layer.get_buffer("slots")[slot].copy_(torch.cat(masks))
 
-    def _count(self, source: str, seconds: float) -> None:
+    def _count(self, source: str, name: str, seconds: float) -> None:
         self.swaps[source][bisect_left(SWAP_SECONDS, seconds)] += 1
         self.swap_seconds[source] += seconds
+        self.swapped[source][name] += 1
 
 
 class MaskWorker:
@@ -268,6 +277,9 @@ class MaskWorker:
 
     def pin_mask(self, mask_id: int, pinned: bool) -> None:
         self.model_runner.lora_manager.pin(mask_id, pinned)  # type: ignore[attr-defined]
+
+    def forget_mask(self, name: str) -> None:
+        self.model_runner.lora_manager.forget(name)  # type: ignore[attr-defined]
 
     def mask_stats(self) -> dict[str, Any]:
         runner = self.model_runner  # type: ignore[attr-defined]

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 from running import BASE, MASKS
 
 from maskllm.core.base import read_base
 from server.errors import NoRoom, UnavailableMask
 from server.masks import Mask, Masks
+from server.metrics import Metrics
 from server.names import BadState
 
 
@@ -46,6 +48,9 @@ class Engine:
         (self.pinned.add if pinned else self.pinned.discard)(mask.id)
         self.most_pinned = max(self.most_pinned, len(self.pinned))
 
+    async def forget(self, name: str) -> None:
+        pass
+
     @contextmanager
     def using(self, _: Mask) -> Iterator[None]:
         yield
@@ -61,7 +66,8 @@ class Engine:
 def masks(tmp_path: Path) -> Masks:
     for file in MASKS.glob("*.safetensors"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    made = Masks(tmp_path, "base", read_base(BASE), Engine(), slots=3, limit=3)
+    metrics = Metrics(CollectorRegistry())
+    made = Masks(tmp_path, "base", read_base(BASE), Engine(), slots=3, limit=3, metrics=metrics)
     made.scan()
     return made
 
@@ -104,7 +110,7 @@ def test_pins_of_masks_whose_files_are_missing_count_too(masks: Masks):
     with pytest.raises(NoRoom, match="2 masks are pinned in 3 slots"):
         asyncio.run(masks.pin("medical", True))
     with pytest.raises(BadState, match="pins 2 masks, and one of 2 slots must be left"):
-        Masks(masks.folder, "base", masks.base, Engine(), slots=2, limit=3)
+        Masks(masks.folder, "base", masks.base, Engine(), slots=2, limit=3, metrics=masks.metrics)
 
 
 def test_a_new_engine_gets_what_the_last_one_had_and_nothing_that_was_deleted_meanwhile(masks: Masks):
@@ -118,6 +124,28 @@ def test_a_new_engine_gets_what_the_last_one_had_and_nothing_that_was_deleted_me
 
     asyncio.run(both())
     assert masks.engine.held == masks.engine.pinned == set(masks.packed) == {masks.known["legal"].id}
+
+
+def test_loads_that_fail_are_counted_from_0_on(masks: Masks):
+    def failures(name: str) -> float | None:
+        return masks.metrics.registry.get_sample_value("maskllm_mask_load_failures_total", {"mask": name})
+
+    assert failures("legal") == 0  # an increase from nothing to 1 is none to Prometheus
+    masks.engine.refuse = "it is gone"
+    for _ in range(2):
+        with pytest.raises(UnavailableMask):
+            asyncio.run(masks.load("legal"))
+    assert (failures("legal"), failures("medical")) == (2, 0)
+
+
+def test_refused_files_are_counted_until_they_are_replaced(masks: Masks):
+    broken = masks.folder / "broken.safetensors"
+    broken.write_bytes(b"no mask")
+    masks.scan()
+    assert masks.metrics.registry.get_sample_value("maskllm_refused_files") == 1
+    broken.write_bytes((MASKS / "legal.safetensors").read_bytes())
+    put(masks, "broken", "broken")
+    assert masks.metrics.registry.get_sample_value("maskllm_refused_files") == 0
 
 
 def test_a_load_that_fails_gives_its_place_back(masks: Masks):
