@@ -12,6 +12,8 @@ from maskllm.kernels import cpu
 
 PROGRAMS_BYTES = 1_500_000_000
 """Of the server's two processes without any weight, as measured on CPU (issue 5)."""
+WORKER_BYTES = 750_000_000
+"""Of each process more, where the layers are divided among several, as measured on CPU."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -25,10 +27,11 @@ class Capacity:
     kv: int
     free: int
     """Before any of it is there."""
+    programs: int = PROGRAMS_BYTES
 
     def needs(self, slots: int, packed: int) -> int:
         """With so many slots, and so many masks in host memory."""
-        return self.base + slots * self.slot + packed * self.packed + self.kv + PROGRAMS_BYTES
+        return self.base + slots * self.slot + packed * self.packed + self.kv + self.programs
 
     def most_slots(self) -> int:
         """If every mask in host memory had a slot."""
@@ -42,17 +45,19 @@ class Capacity:
         """What `needs` adds up, spelled out."""
         return (
             f"base {_size(self.base)} + {slots} slots of {_size(self.slot)} + {packed} packed masks of "
-            f"{_size(self.packed)} + KV {_size(self.kv)} + programs {_size(PROGRAMS_BYTES)} = "
+            f"{_size(self.packed)} + KV {_size(self.kv)} + programs {_size(self.programs)} = "
             f"{_size(self.needs(slots, packed))}, and {_size(self.free)} are free"
         )
 
 
 def measure(
-    folder: Path, dtype: torch.dtype | None = None, int8: bool = False, kv: int = 1 << 30
+    folder: Path, dtype: torch.dtype | None = None, int8: bool = False, kv: int = 1 << 30, ranks: int = 1
 ) -> Capacity:
     """Capacity of a checkpoint on this machine's CPU, without reading its weights.
 
-    `dtype` is the one that the base is computed in, None the checkpoint's own.
+    `dtype` is the one that the base is computed in, None the checkpoint's own. Among `ranks` processes base
+    and masks are divided (what each has of norms, and copies of key and value heads, are not counted), and
+    each has a KV cache of `kv` bytes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,8 +70,9 @@ def measure(
         base=sum(parameter.nbytes for parameter in model.parameters()),
         slot=sum(cpu.slot_bytes(rows, columns, slot_dtype) for rows, columns in shapes),
         packed=sum(rows * row_bytes(columns // 4) for rows, columns in shapes),
-        kv=kv,
+        kv=kv * ranks,
         free=free_bytes(),
+        programs=PROGRAMS_BYTES + (WORKER_BYTES * ranks if ranks > 1 else 0),
     )
 
 

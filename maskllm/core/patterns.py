@@ -107,7 +107,8 @@ def unpack(packed: Tensor, groups: int, n: int = 2, m: int = 4) -> Tensor:
     if digits:
         if packed.numel() and int(packed.max()) >= base**digits:
             raise BadPattern(f"code out of range: a byte of {n}:{m} is below {base**digits}")
-        codes = _digits_of_byte(base, digits).to(packed.device)[packed.int()].view(rows, -1)
+        table = _digits_of_byte(base, digits).to(packed.device)
+        codes = table.index_select(0, packed.int().flatten()).view(rows, -1)
     else:
         width, period = _bit_layout(n, m)
         padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % (width * period // 8)))

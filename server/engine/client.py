@@ -152,7 +152,7 @@ class Engine:
     async def load(self, mask: Mask) -> str:
         """Load a mask into the engine's host memory; returns why it refuses the file, or nothing.
 
-        The worker reads the file beside its steps, which go on meanwhile, so that `add_lora` finds it there.
+        Each worker reads the file beside its steps, which go on meanwhile, so that `add_lora` finds it there.
         """
         request = LoRARequest(
             lora_name=mask.name,
@@ -163,17 +163,17 @@ class Engine:
         )
         args = (mask.id, request.lora_path)
         try:
-            while (refusal := await self._ask_worker("read_mask", *args)) is None:
+            while not any(refusals := await self._ask_workers("read_mask", *args)) and None in refusals:
                 await asyncio.sleep(LOAD_POLL_S)
-        except asyncio.CancelledError:
-            with suppress(EngineDeadError):
-                await self._ask(self.llm.remove_lora(mask.id))
-            raise
-        if refusal:
-            return str(refusal)
-        await self._ask(self.llm.add_lora(request))
-        self.adapters[mask.key] = request
-        return ""
+            if refusal := next(filter(None, refusals), ""):
+                return str(refusal)
+            await self._ask(self.llm.add_lora(request))
+            self.adapters[mask.key] = request
+            return ""
+        finally:
+            if mask.key not in self.adapters:  # what some of the workers may have
+                with suppress(EngineDeadError):
+                    await self._ask(self.llm.remove_lora(mask.id))
 
     async def unload(self, mask: Mask) -> None:
         """Free a mask that no new request can name, once those in flight are done."""
@@ -181,21 +181,19 @@ class Engine:
             await asyncio.sleep(DRAIN_POLL_S)
         self.adapters.pop(mask.key, None)
         with suppress(EngineDeadError):
+            await self.pin(mask, False)
             await self._ask(self.llm.remove_lora(mask.id))
 
     async def pin(self, mask: Mask, pinned: bool) -> None:
         """Make a loaded mask resident for good, or no longer. One that has died is told when it is back."""
         with suppress(EngineDeadError):
-            if pinned:
-                await self._ask(self.llm.pin_lora(mask.id))
-            else:
-                await self._ask_worker("unpin_mask", mask.id)
+            await self._ask(self.llm.engine_core.call_utility_async("pin_mask", mask.id, pinned))
 
     async def forget(self, name: str) -> None:
         """Drop what is counted of a mask that is no more."""
         self.metrics.forget(name)
         with suppress(EngineDeadError):
-            await self._ask_worker("forget_mask", name)
+            await self._ask_workers("forget_mask", name)
 
     def using(self, mask: Mask) -> AbstractContextManager[None]:
         """While the block runs, the mask is not unloaded."""
@@ -206,12 +204,11 @@ class Engine:
         return self.llm.in_flight[mask.id]
 
     async def stats(self) -> dict[str, Any]:
-        """The worker's slots and swaps, and each mask's waits; empty while there is no engine."""
+        """The workers' slots and swaps, and each mask's waits; empty while there is no engine."""
         try:
-            stats: dict[str, Any] = await self._ask_worker("mask_stats")
+            return _together(await self._ask_workers("mask_stats")) | {"waits": self._waits()}
         except EngineDeadError:
             return {}
-        return stats | {"waits": self._waits()}
 
     def _waits(self) -> dict[str, list[float]]:
         """Of each mask's requests in the engine, the seconds since their last token, or their arrival."""
@@ -224,8 +221,9 @@ class Engine:
             waits[state.lora_name or DENSE].append(max(0.0, waited))
         return waits
 
-    async def _ask_worker(self, method: str, *args: Any) -> Any:
-        return (await self._ask(self.llm.collective_rpc(method, args=args)))[0]
+    async def _ask_workers(self, method: str, *args: Any) -> list[Any]:
+        """The answer of each rank."""
+        return await self._ask(self.llm.collective_rpc(method, args=args))
 
     async def _ask(self, call: Coroutine[Any, Any, T]) -> T:
         """What the engine answers. vLLM answers no call that was under way when its engine died."""
@@ -380,10 +378,11 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         **({} if compiled else {"enforce_eager": True}),
         "served_model_name": [settings.name],
         "scheduler_cls": None,
-        # One worker and one API process hold the masks' state yet, and the scheduler is in the worker's.
-        "distributed_executor_backend": None,
-        "tensor_parallel_size": 1,
+        # Masks are divided by tensor parallelism only, and one API process holds their state.
         "pipeline_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "nnodes": 1,
         "data_parallel_size": 1,
         "api_server_count": 1,
         "shutdown_timeout": 0,
@@ -399,7 +398,8 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
 def configuration(args: Namespace) -> VllmConfig:
     """vLLM's own configuration of these arguments, where ours differs in what no argument says."""
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    if current_platform.is_cpu() and args.distributed_executor_backend is None:
+    alone = args.distributed_executor_backend is None and args.tensor_parallel_size == 1
+    if current_platform.is_cpu() and alone:
         # One process schedules and computes. vLLM would make it two, and the scheduler, which spins while
         # it waits for the other, takes a core from its threads: 52 -> 44 ms at batch 16 on two cores.
         config.parallel_config.distributed_executor_backend = UniProcExecutor
@@ -422,7 +422,7 @@ def _capacity(settings: Settings, folder: Path, args: Namespace) -> Capacity:
     """What fits on this machine. Raises BadOptions, with the sum, where what is asked for does not."""
     dtype = getattr(torch, {"half": "float16", "float": "float32"}.get(args.dtype, args.dtype), None)
     kv = args.kv_cache_memory_bytes or 0
-    capacity = measure(folder, dtype, settings.mask_dtype == "int8", kv)
+    capacity = measure(folder, dtype, settings.mask_dtype == "int8", kv, args.tensor_parallel_size)
     packed = settings.packed or 1
     if not current_platform.is_cpu():  # whose memory vLLM divides; packed masks are in the host's
         capacity = replace(capacity, base=0, slot=0, kv=0)
@@ -432,6 +432,18 @@ def _capacity(settings: Settings, folder: Path, args: Namespace) -> Capacity:
             "use fewer --slots or --packed masks, --mask-dtype int8, or smaller --kv-cache-memory-bytes"
         )
     return capacity
+
+
+def _together(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The stats of all ranks as one: the sum of their bytes; all else is the same in each, or the first's."""
+
+    def total(values: list[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {mask: sum(value[mask] for value in values) for mask in values[0]}
+        return sum(values)
+
+    sizes = [name for name in ranks[0] if name.endswith("_bytes")]
+    return ranks[0] | {name: total([rank[name] for rank in ranks]) for name in sizes}
 
 
 def _is_bf16(folder: Path) -> bool:

@@ -30,7 +30,7 @@ from maskllm.core.maskset import MaskError, MaskSet
 from maskllm.kernels import DENSE
 from maskllm.kernels.masked_linear import allocate, fill
 from server.engine import linear
-from server.engine.scheduler import pinned
+from server.engine.shards import Shard, shard, shards
 from server.metrics import SWAP_SECONDS
 
 logger = init_logger(__name__)
@@ -40,7 +40,7 @@ MASK_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 class MaskManager:
-    """Owns the packed masks and the slots of one worker."""
+    """Owns the packed masks and the slots of one worker: of its rank's shards, where there are several."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: object) -> None:  # noqa: ARG002
         self.device = device
@@ -52,7 +52,8 @@ class MaskManager:
         self.reads: dict[int, Future[tuple[MaskSet, float]]] = {}  # with the seconds it took
         self.resident: OrderedDict[int, int] = OrderedDict()  # mask id -> slot, least recent first
         self.layers: dict[str, nn.Module] = {}
-        self.parts: dict[str, dict[str, tuple[int, int]]] = {}  # engine layer -> mask layers, shapes
+        self.parts: dict[str, dict[str, Shard]] = {}  # engine layer -> mask layers, what of them is here
+        self.pinned: set[int] = set()
         self.dummies: set[int] = set()
         self.base_bytes = 0
         # By source: how many swaps fell into each bucket of SWAP_SECONDS, and the seconds of them all.
@@ -69,14 +70,10 @@ class MaskManager:
             if isinstance(layer, LinearBase) and isinstance(layer.quant_method, linear.MaskedLinearMethod):
                 prefix, _, leaf = name.rpartition(".")
                 weight = layer.get_parameter("weight")
-                rows, columns = weight.shape
-                parts = fused.get(leaf, [leaf])
-                # Phi-3's checkpoint is fused itself: three outputs, and still one part.
-                sizes = layer.output_sizes if len(parts) > 1 else [rows]
-                shapes = {f"{prefix}.{p}": (size, columns) for p, size in zip(parts, sizes, strict=True)}
-                self.layers[name], self.parts[name] = layer, shapes
+                parts = shards(layer, [f"{prefix}.{part}" for part in fused.get(leaf, [leaf])])
+                self.layers[name], self.parts[name] = layer, parts
                 # 2:4 takes whole groups; a layer that has none is never masked by it.
-                dtype = torch.bool if columns % 4 else self.mask_dtype
+                dtype = torch.bool if weight.shape[1] % 4 else self.mask_dtype
                 layer.register_buffer("slots", allocate(weight, self.slots, dtype), persistent=False)
         slow = sum(layer.get_buffer("slots").dtype == torch.bool for layer in self.layers.values())
         if slow:
@@ -125,7 +122,7 @@ class MaskManager:
 
     def remove_adapter(self, mask_id: int) -> bool:
         """Free a mask's host memory and its slot."""
-        pinned.discard(mask_id)
+        self.pinned.discard(mask_id)
         self.reads.pop(mask_id, None)
         self.resident.pop(mask_id, None)
         self.names.pop(mask_id, None)
@@ -142,12 +139,14 @@ class MaskManager:
     def list_adapters(self) -> set[int]:
         return set(self.packed)
 
-    def pin_adapter(self, mask_id: int) -> bool:
-        """Bring a mask into a slot and let no other take it."""
-        pinned.add(mask_id)
+    def pin(self, mask_id: int, pinned: bool) -> None:
+        """Bring a mask into a slot and let no other take it, or let them."""
+        if not pinned:
+            self.pinned.discard(mask_id)
+            return
+        self.pinned.add(mask_id)
         if mask_id not in self.resident:
             self._swap_in(mask_id, keep=[])
-        return True
 
     def set_active_adapters(self, requests: Iterable[LoRARequest], mapping: LoRAMapping) -> None:  # noqa: ARG002
         """Before each step: make its masks resident and tell every layer each row's slot.
@@ -210,18 +209,16 @@ class MaskManager:
         return False
 
     def _read(self, path: str) -> tuple[MaskSet, float]:
-        """Runs beside the steps: nothing here computes with torch, or it would take their threads."""
+        """Runs beside the steps: nothing here lets torch take their threads."""
         begin = time.perf_counter()
         file, _, sha256 = path.rpartition("#")
         mask_set = maskset.reload(Path(file), sha256)
-        self._check_layers(mask_set)
-        return mask_set, time.perf_counter() - begin
-
-    def _check_layers(self, mask_set: MaskSet) -> None:
-        known = {part: shape for parts in self.parts.values() for part, shape in parts.items()}
+        parts = {name: part for parts in self.parts.values() for name, part in parts.items()}
         for layer, shape in mask_set.shapes.items():
-            if known.get(layer) != shape:
-                raise MaskError(f"layer {layer} is {shape}, but {known.get(layer)} in the engine's model")
+            if layer not in parts or parts[layer].whole != shape:
+                has = parts[layer].whole if layer in parts else None
+                raise MaskError(f"layer {layer} is {shape}, but {has} in the engine's model")
+        return shard(mask_set, parts), time.perf_counter() - begin
 
     def _swap_in(self, mask_id: int, keep: list[int]) -> None:
         """Fill a free slot, or that of the least recently used mask which this step does not use.
@@ -233,7 +230,7 @@ class MaskManager:
         slot = next((s for s in range(self.slots) if s not in taken), None)
         if slot is None:
             others = [i for i in self.resident if i not in keep]
-            slot = self.resident.pop(min(others, key=lambda i: i in pinned))
+            slot = self.resident.pop(min(others, key=lambda i: i in self.pinned))
         for name in self.layers:
             self._fill(name, slot, mask_id)
         self.resident[mask_id] = slot
@@ -260,8 +257,8 @@ class MaskManager:
             for resident, its_slot in self.resident.items():
                 self._fill(name, its_slot, resident)
         masks = [
-            mask_set.mask(part) if part in mask_set.shapes else torch.ones(shape, dtype=torch.bool)
-            for part, shape in parts.items()
+            mask_set.mask(part) if part in mask_set.shapes else torch.ones(own.shape, dtype=torch.bool)
+            for part, own in parts.items()
         ]
         layer.get_buffer("slots")[slot].copy_(torch.cat(masks))
 
@@ -278,8 +275,8 @@ class MaskWorker:
         manager: MaskManager = self.model_runner.lora_manager  # type: ignore[attr-defined]
         return manager.read(mask_id, path)
 
-    def unpin_mask(self, mask_id: int) -> None:
-        pinned.discard(mask_id)
+    def pin_mask(self, mask_id: int, pinned: bool) -> None:
+        self.model_runner.lora_manager.pin(mask_id, pinned)  # type: ignore[attr-defined]
 
     def forget_mask(self, name: str) -> None:
         self.model_runner.lora_manager.forget(name)  # type: ignore[attr-defined]

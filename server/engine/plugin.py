@@ -16,16 +16,19 @@ def register() -> None:
         QUANTIZATION_METHODS,
         register_quantization_config,
     )
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker import lora_model_runner_mixin
 
     from server.engine.linear import NAME, MaskConfig
     from server.engine.manager import MaskManager
+    from server.engine.scheduler import pin_mask
 
     if NAME not in QUANTIZATION_METHODS:
         register_quantization_config(NAME)(MaskConfig)
     # The worker takes its adapter manager from this module attribute. Ours has the same methods,
     # and refuses real LoRA adapters.
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MaskManager
+    EngineCore.pin_mask = pin_mask
 
 
 def check_version() -> None:

@@ -14,14 +14,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
-
-pinned: set[int] = set()
-"""Masks that are always in a slot. They need no turn, and leave the others `slots - len(pinned)` places.
-
-One value for the whole process, as the scheduler and the worker share it: whoever pins a mask in the worker
-writes it between steps, and every step reads it. One place at least must stay free of pins.
-"""
 
 
 class Turns:
@@ -99,10 +93,12 @@ class MaskScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.turns = Turns(self.lora_config.max_loras, self.vllm_config.additional_config["turn_steps"])
         self.let_in: dict[int, int] = {}  # mask -> beginning of the turn in which room was made for it
+        # Always in a slot: they need no turn, and leave at least one of the slots to the others.
+        self.pinned: set[int] = set()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         ready = [r for r in self.requests.values() if not self._is_blocked_waiting_status(r.status)]
-        waited = self.turns.begin_step(filter(None, map(mask_of, ready)), pinned)
+        waited = self.turns.begin_step(filter(None, map(mask_of, ready)), self.pinned)
         if self.turns.waiting:
             self._pause()
         if self.policy == SchedulingPolicy.FCFS and (waited or self.turns.waiting):
@@ -118,7 +114,7 @@ class MaskScheduler(Scheduler):
 
     def _has_turn(self, request: Request) -> bool:
         mask = mask_of(request)
-        return not mask or mask in pinned or self.turns.admits(mask)
+        return not mask or mask in self.pinned or self.turns.admits(mask)
 
     def _pause(self) -> None:
         """Hold back the running requests whose turn it is not, and let KV blocks be taken from them first."""
@@ -169,6 +165,12 @@ class MaskScheduler(Scheduler):
 
 class AsyncMaskScheduler(MaskScheduler, AsyncScheduler):
     """The same where vLLM schedules a step ahead, as on GPUs."""
+
+
+def pin_mask(core: EngineCore, mask_id: int, pinned: bool) -> None:
+    """A method that the plugin gives `EngineCore`, which has the scheduler and reaches the workers."""
+    (core.scheduler.pinned.add if pinned else core.scheduler.pinned.discard)(mask_id)
+    core.model_executor.collective_rpc("pin_mask", args=(mask_id, pinned))
 
 
 def mask_of(request: Request) -> int:

@@ -34,6 +34,13 @@ def test_as_many_masks_fit_as_the_sum_leaves_room_for():
     assert Capacity(100, 10, 1, 50, free=20).most_slots() == 0
 
 
+def test_two_processes_divide_a_base_and_its_masks_and_have_a_kv_cache_each():
+    one, two = measure(DEMO / "base", kv=7), measure(DEMO / "base", kv=7, ranks=2)
+    assert (two.base, two.slot, two.packed) == (one.base, one.slot, one.packed)
+    assert two.kv == 14
+    assert two.needs(0, 0) - one.needs(0, 0) == 7 + 2 * 750_000_000
+
+
 @pytest.mark.parametrize(("limit", "left"), [("5000", 4000), ("max", None)])
 def test_in_a_container_its_limit_counts(tmp_path: Path, monkeypatch, limit: str, left: int | None):
     (tmp_path / "memory.max").write_text(f"{limit}\n")

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
-from running import MASKS, Server, serving
+from running import MASKS, SLOTS, Server, serving
 from serving import free_port
 from test_api import metric
 
@@ -40,6 +40,11 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = [str(word) for option in numbers.items() for word in option]
     with serving(folder, log, *options, "--lenient", "--log-prompts", CXX="no-compiler") as server:
         yield server
+
+
+def aside(server: Server) -> httpx.Client:
+    """Of the port for metrics."""
+    return httpx.Client(base_url=f"{server.url.rpartition(':')[0]}:{METRICS_PORT}", timeout=60)
 
 
 def in_flight(server: Server, **options) -> tuple[threading.Thread, list[httpx.Response]]:
@@ -90,11 +95,10 @@ def test_told_to_log_prompts_it_writes_them_and_never_answers(lone: Server):
 
 
 def test_metrics_have_the_port_they_were_given_and_no_other(lone: Server):
-    aside = lone.url.rpartition(":")[0] + f":{METRICS_PORT}"
-    assert "maskllm_slots_total" in httpx.get(f"{aside}/metrics").text
-    assert httpx.get(f"{aside}/health").text == "ok"
-    assert httpx.get(f"{aside}/v1/masks").status_code == 404
-    with lone.client() as api:
+    with aside(lone) as watch, lone.client() as api:
+        assert metric(watch, "maskllm_slots_total") == SLOTS
+        assert watch.get("/health").text == "ok"
+        assert watch.get("/v1/masks").status_code == 404
         assert api.get("/metrics").status_code == 404
 
 
@@ -138,7 +142,7 @@ def test_a_folder_that_cannot_be_written_refuses_uploads_and_serves_on(lone: Ser
 
 
 def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_same_masks(lone: Server):
-    with lone.client() as api:
+    with lone.client() as api, aside(lone) as watch:
         before = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT).json()["choices"]
         states = {mask["id"]: mask["state"] for mask in api.get("/v1/masks").json()["data"]}
         whole, answers = in_flight(lone)
@@ -156,13 +160,13 @@ def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_s
 
         time.sleep(max(0, killed + 2 - time.monotonic()))
         assert api.get("/health").status_code == 503
-        assert metric(api, "maskllm_engine_up") == 0
+        assert metric(watch, "maskllm_engine_up") == 0
         assert api.post("/v1/completions", params={"mask": "legal"}, json=SHORT).status_code == 503
         assert api.get("/v1/masks").status_code == 200
         while api.get("/health").status_code == 503:
             assert time.monotonic() - killed < 240
             time.sleep(0.5)
-        assert metric(api, "maskllm_engine_up") == metric(api, "maskllm_engine_restarts_total") == 1
+        assert metric(watch, "maskllm_engine_up") == metric(watch, "maskllm_engine_restarts_total") == 1
         after = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT)
         assert after.json()["choices"] == before
         again = {mask["id"]: mask["state"] for mask in api.get("/v1/masks").json()["data"]}

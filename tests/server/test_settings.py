@@ -59,7 +59,7 @@ def test_a_value_that_has_lora_in_it_is_nobodys_business(tmp_path):
             ["--served-model-name", "prod"],
             "--served-model-name ['prod'] does not work with masks yet: use --name",
         ),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 does not work with masks yet"),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 does not work with masks yet"),
         (["--api-key", "secret"], "make a key with `maskllm key ID`, and use --keys FILE"),
         (["--keys", "gone.json"], "--keys gone.json: No such file or directory"),
     ],

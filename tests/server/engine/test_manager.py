@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from maskllm.core import maskset
 from maskllm.core.maskset import MaskSet
 from server.engine.manager import MaskManager
+from server.engine.shards import Shard
 from server.metrics import SWAP_SECONDS
 
 LAYER, ROWS, COLUMNS = "model.layer", 8192, 288_000
@@ -22,7 +23,7 @@ LAYER, ROWS, COLUMNS = "model.layer", 8192, 288_000
 def manager() -> MaskManager:
     config = VllmConfig(lora_config=LoRAConfig(max_loras=2, max_cpu_loras=2, lora_dtype="bfloat16"))
     manager = MaskManager(config, torch.device("cpu"), None)
-    manager.parts = {LAYER: {LAYER: (ROWS, COLUMNS)}}
+    manager.parts = {LAYER: {LAYER: Shard((ROWS, COLUMNS), (range(ROWS),), range(COLUMNS))}}
     return manager
 
 

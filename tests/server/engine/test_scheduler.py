@@ -21,7 +21,6 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from maskllm.core.base import find
-from server.engine import scheduler as module
 from server.engine.scheduler import AsyncMaskScheduler, MaskScheduler, Turns, mask_of
 
 BASE = find("examples/demo/base")
@@ -235,9 +234,9 @@ def test_a_mask_whose_requests_are_aborted_gives_its_place_away_in_the_next_step
     assert [driver.masks(step) for step in range(3)] == [{1}, {1}, {2}]
 
 
-def test_the_dense_base_and_pinned_masks_run_in_every_step(config, monkeypatch):
-    monkeypatch.setattr(module, "pinned", {9})
+def test_the_dense_base_and_pinned_masks_run_in_every_step(config):
     driver = Driver(MaskScheduler, config, slots=2)
+    driver.scheduler.pinned.add(9)
     for mask in (0, 9, 1, 2, 3):
         driver.ask(mask, tokens=300)
     for _ in range(3 * TURN):
@@ -246,9 +245,9 @@ def test_the_dense_base_and_pinned_masks_run_in_every_step(config, monkeypatch):
     assert turns == [{0, 9, 1}] * TURN + [{0, 9, 2}] * TURN + [{0, 9, 3}] * TURN
 
 
-def test_the_slot_of_a_pinned_mask_is_nobodys_though_it_has_no_requests(config, monkeypatch):
-    monkeypatch.setattr(module, "pinned", {9})
+def test_the_slot_of_a_pinned_mask_is_nobodys_though_it_has_no_requests(config):
     driver = Driver(MaskScheduler, config, slots=2)
+    driver.scheduler.pinned.add(9)
     for mask in (1, 2):
         driver.ask(mask, tokens=300)
     for _ in range(2 * TURN):
