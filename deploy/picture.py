@@ -34,9 +34,8 @@ COLORS = {
     "green": "#3a9d4f", "yellow": "#d9a300", "orange": "#e5761a", "red": "#cf3a34", "blue": "#4a7fd0",
     "gray": "#b8b8b8",
 }  # fmt: skip
-A_SECOND = {"reqps": "requests/s", "ops": "/s", "tokens/s": "tokens/s"}
-"""Units that stand in a panel's title."""
-LEGEND = 8
+A_SECOND = ("reqps", "ops", "tokens/s")
+LEGEND = 9
 """Most names in a legend."""
 
 
@@ -93,8 +92,8 @@ class Picture:
             if panel["type"] == "row":
                 self._text(x + 0.3, y + 0.8, panel["title"], size=11, weight="bold", color="#555555")
                 continue
-            unit = A_SECOND.get(panel["fieldConfig"]["defaults"]["unit"])
-            self._text(x + 0.3, y + 0.7, panel["title"] + (f", {unit}" if unit else ""), size=9)
+            rate = panel["type"] == "timeseries" and panel["fieldConfig"]["defaults"]["unit"] in A_SECOND
+            self._text(x + 0.3, y + 0.7, panel["title"] + (", a second" if rate else ""), size=9)
             draw = {
                 "stat": self._stat,
                 "timeseries": self._series,
@@ -145,6 +144,7 @@ class Picture:
             values = found[0][1]
             value = values[~np.isnan(values)][-1]
             text, color = written(value, fields["unit"]), _color(fields, value)
+            text += "/s" if fields["unit"] in A_SECOND else ""
             axes.fill_between(self.dates, 0, values, color=COLORS[color], alpha=0.15, linewidth=0)
             axes.set_ylim(0, 1.1 * np.nanmax(values) or 1)
             axes.set_xlim(self.dates[0], self.dates[-1])
@@ -175,7 +175,7 @@ class Picture:
         self._over_time(axes)
         shown = axes.get_legend_handles_labels()
         legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": 6.5, "frameon": False}
-        legend["ncol"] = 4 if max(len(name) for name in shown[1]) < 13 else 2
+        legend["ncol"] = max(1, min(4, int(7 * (box[2] - 2) / (5 + max(map(len, shown[1]))))))
         axes.legend(*(each[:LEGEND] for each in shown), handlelength=1, columnspacing=0.8, **legend)
 
     def _timeline(self, panel: dict[str, Any], board: dict[str, Any], box: tuple[float, ...]) -> None:
