@@ -74,7 +74,7 @@ class Metrics(Collector):
             "maskllm_masks_refused", "PUTs of a file that is no mask here.", registry=registry
         )
         self.refused_files = Gauge(
-            "maskllm_refused_files", "Files of the folder refused at start, and since.", registry=registry
+            "maskllm_refused_files", "Files refused at start and not replaced since.", registry=registry
         )
         self.responses = Counter(
             "maskllm_http_responses",
