@@ -453,7 +453,7 @@ def masks() -> Any:
                 "none",
                 f'sum by (mask) (increase(maskllm_swaps_total{{{MASKS},source="host"}}[1h]))',
             ),
-            ("packed", "bytes", f"sum by (mask) (maskllm_packed_bytes{{{MASKS}}})"),
+            ("packed", "decbytes", f"sum by (mask) (maskllm_packed_bytes{{{MASKS}}})"),
         ),
     ]
     traffic = [
@@ -493,7 +493,7 @@ def masks() -> Any:
         series(
             "Longest wait",
             "Longest that a request of the mask has been without a new token. Masks that wait for "
-            "a slot take turns, so that none waits for ever: docs/serving.md has the bound.",
+            "a slot take turns, so that none waits for ever: docs/api.md has the bound.",
             "s",
             (f"max by (mask) (maskllm_longest_wait_seconds{{{MASKS}}})", "{{mask}}"),
             steps=bad(30),
@@ -522,13 +522,13 @@ def masks() -> Any:
             "Slots",
             "Slots that hold a mask, and all.",
             "none",
-            (f"sum(maskllm_slots_used{{{ON}}})", "used"),
             (f"sum(maskllm_slots_total{{{ON}}})", "all"),
+            (f"sum(maskllm_slots_used{{{ON}}})", "used"),
         ),
         series(
             "Packed bytes",
             "Host memory of the masks that the engine has.",
-            "bytes",
+            "decbytes",
             (f"sum by (mask) (maskllm_packed_bytes{{{MASKS}}})", "{{mask}}"),
             stack=True,
         ),
@@ -682,14 +682,14 @@ def engine() -> Any:
         series(
             "What the engine holds",
             "base: dense weights. slots: resident masks. packed: masks in host memory.",
-            "bytes",
+            "decbytes",
             (f"sum by (part) (maskllm_engine_memory_bytes{{{ON}}})", "{{part}}"),
             stack=True,
         ),
         series(
             "Memory of processes",
             "RSS: API serves HTTP, engine computes.",
-            "bytes",
+            "decbytes",
             (
                 f"process_resident_memory_bytes{{{ON}}} and on (instance) maskllm_engine_up",
                 "API {{instance}}",
@@ -699,7 +699,7 @@ def engine() -> Any:
         series(
             "Host memory available",
             "Of the machine that a server sees.",
-            "bytes",
+            "decbytes",
             each("maskllm_host_memory_available_bytes"),
         ),
     ]

@@ -4,6 +4,7 @@ No Grafana draws them: this needs none, and what panels show is test_watching.py
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from jsonschema.validators import validator_for
+
+from server.metrics import SECONDS
 
 sys.path.append(str(Path(__file__).parents[2] / "deploy/grafana"))
 import dashboards
@@ -140,3 +143,9 @@ def test_every_dashboard_leads_to_the_others_with_its_variables():
         assert link["includeVars"]
         assert link["keepTime"]
         assert {"model", "instance"} <= {variable["name"] for variable in board["templating"]["list"]}
+
+
+def test_the_objective_for_the_first_token_is_the_same_everywhere():
+    rules = (DEPLOY / "prometheus/rules.yml").read_text()
+    assert set(re.findall(r'le="(.*?)"', rules)) == {str(dashboards.FIRST_TOKEN_S)}
+    assert dashboards.FIRST_TOKEN_S in SECONDS
