@@ -33,7 +33,7 @@ from geventhttpclient.response import HTTPParseError
 from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
-from locust.exception import StopTest, StopUser
+from locust.exception import StopTest
 from traffic import Arrival, Request
 
 logger = logging.getLogger("loadtests")
@@ -99,6 +99,9 @@ class Run:
         self.context = model["max_model_len"]
         self.ids = self.read("/tokenize", {"model": model["id"], "prompt": TEXT})["tokens"]
         self.sources = count()
+        self.flights = Group()
+        """Requests under way. They are the run's, and outlive the user that sent them."""
+        self.published = False
         self.out = Path(self.options.out) if self.options.out else None
         if self.out:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -134,6 +137,11 @@ class Run:
                 fire(request_type="TPOT, us", response_time=1e6 * done.tpot_s, exception=None, **about)
 
     def end(self) -> None:
+        """Wait for the answers that are under way: leaving them out would leave out the slowest."""
+        self.flights.join(TIMEOUT_S)
+        self.flights.kill()
+        if self.published:
+            self.client.delete(f"/v1/masks/{self.options.swap_name}").read()
         if self.out:
             self.log.close()
             self._snapshot("metrics-after.txt")
@@ -199,7 +207,6 @@ class Caller(User):
         self.masks = self.draw()
         self.schedule = self.arrivals()
         self.started_s = current.now()
-        self.flights = Group()
         gevent.sleep(self.wait_time())
 
     def arrivals(self) -> Iterator[Arrival]:
@@ -215,10 +222,10 @@ class Caller(User):
         return iter(traffic.trace(self.options.trace, context, self.options.trace_speed))
 
     def wait_time(self) -> float:
-        """Seconds to the next request."""
+        """Seconds to the next request, of which there is none after a trace."""
         arrival = next(self.schedule, None)
         if arrival is None:
-            raise StopUser
+            return float("inf")
         self.arrival, now = arrival, self.shared.now()
         self.due_s = now if self.options.arrivals == "closed" else self.started_s + arrival.at_s
         return max(0.0, self.due_s - now)
@@ -226,14 +233,9 @@ class Caller(User):
     @task
     def send(self) -> None:
         """Send the request that is due, in a greenlet of its own."""
-        flight = self.flights.spawn(self.fly, self.arrival, self.due_s)
+        flight = self.shared.flights.spawn(self.fly, self.arrival, self.due_s)
         if self.options.arrivals == "closed":
             flight.join()
-
-    def on_stop(self) -> None:
-        """Wait for the answers that are under way: leaving them out would leave out the slowest."""
-        self.flights.join(TIMEOUT_S)
-        self.flights.kill()
 
     def fly(self, arrival: Arrival, due_s: float) -> None:
         self.ask(next(self.masks), arrival, due_s)
@@ -337,13 +339,11 @@ class Swapper(Caller):
             text = answer.read()
             if answer.status_code not in (200, 201):
                 done.error = f"{answer.status_code} {text[:300]!r}"
+            else:
+                self.shared.published = True
         except (OSError, HTTPParseError) as error:
             done.error = repr(error)
         done.last_s = self.shared.now()
         self.shared.record(done)
         if not done.error:
             super().fly(arrival, done.last_s)
-
-    def on_stop(self) -> None:
-        super().on_stop()
-        self.shared.client.delete(f"/v1/masks/{self.options.swap_name}").read()
