@@ -165,6 +165,12 @@ current: Run | None = None
 """The current run; None where it could not begin."""
 
 
+@events.init.add_listener
+def look_at_the_clock(**_: object) -> None:
+    """Locust takes `--run-time` from gevent's clock, which has stood still since the imports began."""
+    gevent.get_hub().loop.update_now()
+
+
 @events.test_start.add_listener
 def begin(environment: Environment, **_: object) -> None:
     global current

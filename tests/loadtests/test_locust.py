@@ -49,7 +49,7 @@ def test_users_that_wait_for_answers_have_one_request_each(tmp_path: Path):
     with stub(tmp_path, "--ttft-ms", 200) as server:
         options = ["-u", 2, "-r", 2, "--arrivals", "closed", "--output-tokens", 1, "-t", "4s", "AllDistinct"]
         point = measured(tmp_path / "run", server.url, *options)
-    assert 20 <= len(point.answered) <= 10 * point.took_s
+    assert 10 <= len(point.answered) <= 10 * point.took_s
     in_order = sorted(point.answered, key=lambda request: request.sent_s)
     assert all(later.sent_s >= early.last_s for early, later in zip(in_order, in_order[2:], strict=False))
     assert {mask: len(each) for mask, each in point.by_mask.items()}.keys() == {"alpha", "beta", "gamma"}
