@@ -4,7 +4,8 @@
 
 It speaks as much of the API as locustfile.py and `vllm bench serve` use, and streams as many tokens as it is
 asked for: the first `--ttft-ms` after the request, each of the others `--tpot-ms` after the one before. With
-`--one-at-a-time` a request waits until those before it are done. The mask `broken` hangs up after a token.
+`--one-at-a-time` a request waits until those before it are done. After its first token, the mask `broken`
+hangs up and `cut` ends the stream.
 """
 
 import argparse
@@ -75,6 +76,9 @@ class Stub:
             writer.write(TOKEN)
             if body["model"] == "broken":
                 writer.close()
+                return
+            if body["model"] == "cut":
+                writer.write(END)
                 return
         usage = {"prompt_tokens": 1, "completion_tokens": tokens}
         writer.write(event({"choices": [], "usage": usage}) + END)

@@ -57,10 +57,10 @@ def test_users_that_wait_for_answers_have_one_request_each(tmp_path: Path):
 
 def test_an_answer_that_breaks_off_is_a_failure(tmp_path: Path):
     with stub(tmp_path, "--ttft-ms", 10) as server:
-        options = ["-u", 1, "--rate", 20, "-t", "3s", "--masks", "alpha,broken", "AllDistinct"]
+        options = ["-u", 1, "--rate", 20, "-t", "3s", "--masks", "alpha,broken,cut", "AllDistinct"]
         point = measured(tmp_path / "run", server.url, *options)
     failed = [request.mask for request in point.requests if request.error]
-    assert set(failed) == {"broken"}
+    assert set(failed) == {"broken", "cut"}
     assert set(point.by_mask) == {"alpha"}
 
 

@@ -69,10 +69,10 @@ def test_each_kind_of_user_draws_masks_in_its_own_way():
     assert list(islice(traffic.distinct(masks, first=2), 5)) == ["c", "d", "a", "b", "c"]
     drawn = Counter(islice(traffic.uniform(masks, rng()), 4000))
     assert all(drawn[mask] == pytest.approx(1000, abs=4 * 750**0.5) for mask in masks)
-    # 1 + 1/2 + 1/3 + 1/4 = 25/12, so that the shares are 12, 6, 4 and 3 of 25.
-    drawn = Counter(islice(traffic.zipf(masks, 1, rng()), 2500))
-    expected = {"a": 1200, "b": 600, "c": 400, "d": 300}
-    assert all(drawn[mask] == pytest.approx(number, abs=100) for mask, number in expected.items())
+    # 1 + 1/4 + 1/9 + 1/16 = 205/144, so that the shares are 144, 36, 16 and 9 of 205.
+    drawn = Counter(islice(traffic.zipf(masks, 2, rng()), 2050))
+    expected = {"a": 1440, "b": 360, "c": 160, "d": 90}
+    assert all(drawn[mask] == pytest.approx(number, abs=80) for mask, number in expected.items())
 
 
 def test_latencies_count_from_when_a_request_was_due_and_tpot_from_the_first_token():
