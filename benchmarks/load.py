@@ -8,8 +8,9 @@ that schedule, and it must be able to send far more than it is asked for. Then `
 take turns at the demo server with the same rate, lengths and masks, and must see the same times.
 
 Then the demo server is swept (loadtests/sweep.py): 8 masks on 8 slots, wanted by Zipf's law; the same while a
-mask is published every two seconds; 64 masks by Zipf's law; and 64 masks in turn, the worst there is. The
-report of the first is in runs/load, its picture is docs/load.png.
+mask is published every two seconds; 64 masks by Zipf's law; and 64 masks in turn, the worst there is. Rates
+rise until less than half of the answers keep the SLO. The report of the first is in runs/load, its picture is
+docs/load.png.
 
 The server has one core, the last that the command may use, and locust has the others.
 """
@@ -161,9 +162,15 @@ def agree(name: str, ours: float, reference: float) -> Iterator[Row]:
 def swept(
     server: Server, users: list[str], masks: list[str], rates: tuple[float, ...], seconds: float, out: Path
 ) -> list[Point]:
+    """A run at each rate, up to the first at which less than half of the answers are good."""
+    points: list[Point] = []
     options = [*LENGTHS, "--masks", ",".join(masks), "--swap-every", "2"]
-    sweep(server.url, users, list(rates), seconds, out, options)
-    return loadreport.read(out, WARMUP_S)
+    for rate in rates:
+        sweep(server.url, users, [rate], seconds, out, options)
+        points = loadreport.read(out, WARMUP_S)
+        if points[-1].goodput(SLO) < 0.5:
+            break
+    return points
 
 
 def keep(folder: Path) -> None:

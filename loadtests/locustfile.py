@@ -64,7 +64,7 @@ def options(parser: LocustArgumentParser) -> None:
     add("key", default="", is_secret=True, help="API key; Swapper needs an admin's")
     add("arrivals", default="poisson", choices=["poisson", "trace", "closed"], help="when requests are sent")
     add("rate", type=float, default=1.0, help="requests a second of each user (poisson)")
-    add("trace", type=traffic.existing_file, help="CSV file of Azure's LLM inference traces (trace)")
+    add("trace", default="", help="CSV file of Azure's LLM inference traces (trace)")
     add("trace-speed", type=float, default=1.0, help="how many times as fast the trace is played")
     add("prompt-tokens", type=int, default=64, help="of each request, if no trace says it")
     add("output-tokens", type=int, default=32, help="of each request, if no trace says it")
@@ -79,9 +79,14 @@ class Run:
     """What the users of a run share: the server, what it has, and the record."""
 
     def __init__(self, environment: Environment) -> None:
-        """Raises OSError, HTTPParseError, KeyError or ValueError where the server answers otherwise."""
+        """Raises OSError, HTTPParseError, KeyError or ValueError where there is no run to be had."""
         self.environment = environment
         self.options = cast(Any, environment.parsed_options)
+        self.trace = Path(self.options.trace)
+        if self.options.arrivals == "trace" and not self.trace.is_file():
+            raise ValueError(
+                f"--arrivals trace needs --trace FILE, and there is no file {self.options.trace!r}"
+            )
         self.client = HTTPClient.from_url(
             str(environment.host),
             concurrency=CONNECTIONS,
@@ -178,7 +183,7 @@ def begin(environment: Environment, **_: object) -> None:
         current = Run(environment)
     except (OSError, HTTPParseError, KeyError, ValueError) as error:
         current = None
-        logger.error("%s: %s", environment.host, error)
+        logger.error("cannot load %s: %r", environment.host, error)
         environment.process_exit_code = 1
 
 
@@ -205,7 +210,7 @@ class Caller(User):
 
     def on_start(self) -> None:
         if current is None:
-            raise StopTest("no run without the server's masks")
+            raise StopTest("the run could not begin")
         self.shared: Run = current
         self.options: Any = current.options
         self.source = next(current.sources)
@@ -222,10 +227,8 @@ class Caller(User):
             return repeat(Arrival(0, *length))
         if self.options.arrivals == "poisson":
             return traffic.poisson(self.options.rate, length, self.rng)
-        if self.options.trace is None:
-            raise StopTest("--arrivals trace needs --trace FILE")
         context = self.shared.context - TEMPLATE_TOKENS
-        return iter(traffic.trace(self.options.trace, context, self.options.trace_speed))
+        return iter(traffic.trace(self.shared.trace, context, self.options.trace_speed))
 
     def wait_time(self) -> float:
         """Seconds to the next request, of which there is none after a trace."""

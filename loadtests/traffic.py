@@ -3,7 +3,6 @@
 Only the standard library and numpy: locustfile.py runs where nothing else is installed.
 """
 
-import argparse
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -98,14 +97,6 @@ def trace(path: Path, context: int, speed: float) -> list[Arrival]:
         Arrival((time - times[0]).total_seconds() / speed, int(prompt), int(output))
         for time, (prompt, output) in zip(times, scaled, strict=True)
     ]
-
-
-def existing_file(text: str) -> Path:
-    """An option's path, which must be there."""
-    path = Path(text)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
-    return path
 
 
 def one(masks: Sequence[str]) -> Iterator[str]:
