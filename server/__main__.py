@@ -25,7 +25,7 @@ logger = logging.getLogger("maskllm")
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop."""
-    access = Access(read_keys(settings.keys) if settings.keys else [], settings.max_waiting)
+    keys = read_keys(settings.keys) if settings.keys else []
     folder = find(settings.model)
     base, metrics = read_base(folder), Metrics()
     logs.write_to(settings.log_requests)
@@ -37,6 +37,7 @@ async def run(settings: Settings) -> None:
         masks.scan()
         sizes = engine.capacity.sum(settings.slots, 0)
         logger.info("memory: %s; host memory may hold %d packed masks", sizes, limit)
+        access = Access(keys, settings.max_waiting or 2 * engine.batch)
         app = await create_app(engine, masks, metrics, access, settings)
         await masks.restore()
         doors = [(app, sock)]

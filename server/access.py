@@ -5,7 +5,7 @@ import hmac
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -212,13 +212,22 @@ async def admin(caller: Annotated[Caller, Depends(use)]) -> None:
         raise NotAllowed(f"this needs the role admin, and key {caller.key.id!r} has the role use")
 
 
-async def turn(request: Request, caller: Annotated[Caller, Depends(use)]) -> AsyncIterator[Caller]:
-    """The caller of a route that computes, whose request is in flight until its answer is out."""
+class Turn(ExitStack):
+    """A caller's request; closed when its answer is out to the last byte, or the client is gone."""
+
+    def __init__(self, caller: Caller) -> None:
+        super().__init__()
+        self.caller = caller
+
+
+async def turn(request: Request, caller: Annotated[Caller, Depends(use)]) -> AsyncIterator[Turn]:
+    """The turn of a route that computes, whose request is in flight until it is closed."""
     access: Access = request.app.state.access
-    with access.turn(caller):
-        yield caller
+    with Turn(caller) as turn:
+        turn.enter_context(access.turn(caller))
+        yield turn
 
 
 User = Annotated[Caller, Depends(use)]
-Turn = Annotated[Caller, Depends(turn)]
+UserTurn = Annotated[Turn, Depends(turn)]
 ADMIN = Depends(admin)

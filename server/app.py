@@ -1,17 +1,16 @@
 """The HTTP API: OpenAI's endpoints with a mask on each request, and the masks themselves."""
 
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Header, Query, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from server import admin, bounds, errors, page
-from server.access import Access, Caller, FullHouse, Turn, User, use
+from server.access import Access, Caller, FullHouse, Turn, User, UserTurn, use
 from server.engine.client import Engine, EngineGone
 from server.engine.openai import (
     ChatCompletionRequest,
@@ -46,21 +45,22 @@ UNKNOWN = "unknown"
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
-async def _until_sent() -> AsyncIterator[ExitStack]:
-    """FastAPI closes it when the answer is out to its last byte, or the client is gone."""
-    with ExitStack() as stack:
-        yield stack
-
-
-MaskQuery = Annotated[str | None, Query(description='Mask to answer with, "none" for the dense base.')]
-MaskHeader = Annotated[str | None, Header(alias="X-Mask", description="The same, as a header.")]
-UntilSent = Annotated[ExitStack, Depends(_until_sent)]
+MASK_PARAMETERS = {
+    "parameters": [
+        {"name": name, "in": where, "schema": {"type": "string"}, "description": text}
+        for name, where, text in (
+            ("mask", "query", 'Mask to answer with, "none" for the dense base.'),
+            ("X-Mask", "header", "The same, as a header."),
+        )
+    ]
+}
+"""For the schema; read from the request itself, as FastAPI takes 0.1 ms for two parameters."""
 
 
 async def create_app(
     engine: Engine, masks: Masks, metrics: Metrics, access: Access, settings: Settings
 ) -> FastAPI:
-    """The app of one engine and its masks. A route without User, Turn or ADMIN is open to everyone."""
+    """The app of one engine and its masks. A route without User, UserTurn or ADMIN is open to everyone."""
     app = FastAPI(
         title="maskllm",
         version=version("maskllm"),
@@ -80,10 +80,7 @@ async def create_app(
     async def respond(
         request: CompletionRequest | ChatCompletionRequest,
         raw_request: Request,
-        query: str | None,
-        header: str | None,
-        until_sent: ExitStack,
-        caller: Caller,
+        turn: Turn,
     ) -> Response:
         """Check the request, resolve its mask, load it on first use, let vLLM answer, say which it was."""
         name, entry = UNKNOWN, CURRENT.get() or Entry("")
@@ -92,16 +89,21 @@ async def create_app(
         try:
             await check(request, raw_request)
             bounds.check(request, settings)
-            ways = {"query": query, "body": request.mask, "header": header}
-            caller.check(*masks.names.named(request.model, **ways).values())
+            ways = {
+                "query": raw_request.query_params.get("mask"),
+                "body": request.mask,
+                "header": raw_request.headers.get("x-mask"),
+            }
+            turn.caller.check(*masks.names.named(request.model, **ways).values())
             if not engine.up:
                 raise EngineDown
-            while mask := masks.names.resolve(request.model, may_use=caller.may_use, **ways):
+            while mask := masks.names.resolve(request.model, may_use=turn.caller.may_use, **ways):
                 name = mask.name
-                until_sent.enter_context(masks.using(mask))  # no await since `resolve`
-                if await masks.ready(mask):
-                    break
-                until_sent.close()
+                with ExitStack() as using:
+                    using.enter_context(masks.using(mask))  # no await since `resolve`
+                    if await masks.ready(mask):
+                        turn.push(using.pop_all())
+                        break
             name = mask.name if mask else DENSE
             entry.mask = mask.label if mask else DENSE
             request.model = mask.key if mask else masks.base_name
@@ -122,31 +124,21 @@ async def create_app(
         "/v1/completions",
         dependencies=body,
         responses={200: {"model": CompletionResponse, "content": STREAM}},
+        openapi_extra=MASK_PARAMETERS,
     )
-    async def completions(
-        request: CompletionRequest,
-        raw_request: Request,
-        until_sent: UntilSent,
-        caller: Turn,
-        mask: MaskQuery = None,
-        x_mask: MaskHeader = None,
-    ) -> Response:
-        return await respond(request, raw_request, mask, x_mask, until_sent, caller)
+    async def completions(request: CompletionRequest, raw_request: Request, turn: UserTurn) -> Response:
+        return await respond(request, raw_request, turn)
 
     @app.post(
         "/v1/chat/completions",
         dependencies=body,
         responses={200: {"model": ChatCompletionResponse, "content": STREAM}},
+        openapi_extra=MASK_PARAMETERS,
     )
     async def chat_completions(
-        request: ChatCompletionRequest,
-        raw_request: Request,
-        until_sent: UntilSent,
-        caller: Turn,
-        mask: MaskQuery = None,
-        x_mask: MaskHeader = None,
+        request: ChatCompletionRequest, raw_request: Request, turn: UserTurn
     ) -> Response:
-        return await respond(request, raw_request, mask, x_mask, until_sent, caller)
+        return await respond(request, raw_request, turn)
 
     async def as_base(
         request: TokenizeRequest | DetokenizeRequest, raw_request: Request, caller: Caller
@@ -158,14 +150,14 @@ async def create_app(
         request.model = masks.base_name
 
     @app.post("/tokenize", dependencies=body, responses={200: {"model": TokenizeResponse}})
-    async def tokenize(request: TokenizeRequest, raw_request: Request, caller: Turn) -> Response:
-        await as_base(request, raw_request, caller)
+    async def tokenize(request: TokenizeRequest, raw_request: Request, turn: UserTurn) -> Response:
+        await as_base(request, raw_request, turn.caller)
         response: Response = await tokens_of_text(request, raw_request)
         return response
 
     @app.post("/detokenize", dependencies=body, responses={200: {"model": DetokenizeResponse}})
-    async def detokenize(request: DetokenizeRequest, raw_request: Request, caller: Turn) -> Response:
-        await as_base(request, raw_request, caller)
+    async def detokenize(request: DetokenizeRequest, raw_request: Request, turn: UserTurn) -> Response:
+        await as_base(request, raw_request, turn.caller)
         response: Response = await text_of_tokens(request, raw_request)
         return response
 

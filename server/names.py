@@ -95,7 +95,8 @@ class Names:
         if not common:
             details = ", ".join(f"{way} says {name!r}" for way, name in asked.items())
             raise ContradictingMasks(f"the request names different masks: {details}")
-        return random.choices(list(common), list(common.values()))[0]
+        mask, *others_too = common
+        return random.choices(list(common), list(common.values()))[0] if others_too else mask
 
     def named(self, model: str | None, **named: str | None) -> dict[str, str]:
         """The names that a request gives, known or not, by how it gives them; at least one."""

@@ -82,8 +82,9 @@ class Settings(
     max_completion_tokens: PositiveInt | None = None
     """Most tokens that an answer may be asked for; without it, what the model's context leaves."""
 
-    max_waiting: PositiveInt = 1024
-    """Most requests in flight, waiting or running, in all; one more is a 503."""
+    max_waiting: PositiveInt | None = None
+    """Most requests in flight, waiting or running, in all; one more is a 503 (default: twice as many as run
+    at once, vLLM's --max-num-seqs, so that nobody waits longer than others are answered)."""
 
     metrics_port: PositiveInt | None = None
     """Port of its own for /metrics, which then is not on the other; /health is on both."""

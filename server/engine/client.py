@@ -143,6 +143,11 @@ class Engine:
         """Whether requests can be answered."""
         return self.up and not self.llm.errored
 
+    @property
+    def batch(self) -> int:
+        """How many requests run at once."""
+        return int(self.llm.vllm_config.scheduler_config.max_num_seqs)
+
     async def load(self, mask: Mask) -> str:
         """Load a mask into the engine's host memory; returns why it refuses the file, or nothing.
 

@@ -1,23 +1,31 @@
-"""What the server survives: its engine's death, too many masks for its memory, and being told to stop.
+"""What the server survives: too many requests, too many masks, its engine's death, and being told to stop.
 
-These tests need a server that nobody else uses. They run in order, and the last one ends it.
+It also has every switch on that is off by default. These tests need a server that nobody else uses. They run
+in order, and the last one ends it.
 """
 
+import json
 import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
 import pytest
 from running import MASKS, Server, serving
+from serving import free_port
 
 LONG = {"prompt": "The Secretary shall", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "The Secretary shall", "max_tokens": 8, "temperature": 0}
 PACKED = 3
 """Masks that host memory may hold: fewer than there are."""
+BATCH = 3
+"""Requests that run at once; twice as many may be in flight."""
+METRICS_PORT = free_port()
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,9 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "masks.json").write_text('{"aliases": {"law": {"legal": 1}}, "pinned": ["legal"]}')
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with serving(folder, log, "--packed", str(PACKED), CXX="no-compiler") as server:
+    numbers = {"--packed": PACKED, "--max-num-seqs": BATCH, "--metrics-port": METRICS_PORT}
+    options = [str(word) for option in numbers.items() for word in option]
+    with serving(folder, log, *options, "--lenient", "--log-prompts", CXX="no-compiler") as server:
         yield server
 
 
@@ -61,6 +71,43 @@ def test_without_a_compiler_logprobs_are_answered_like_anything_else(lone: Serve
         assert answer.status_code == 200
         assert len(answer.json()["choices"][0]["logprobs"]["top_logprobs"]) == 8
         assert api.get("/health").status_code == 200
+
+
+def test_told_to_be_lenient_it_ignores_unknown_fields_and_converts_types(lone: Server):
+    with lone.client() as api:
+        answer = api.post("/v1/completions", json={**SHORT, "max_token": 8, "max_tokens": "8"})
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 8
+
+
+def test_told_to_log_prompts_it_writes_them_and_never_answers(lone: Server):
+    with lone.client() as api:
+        answer = api.post("/v1/completions", json={**SHORT, "prompt": "xylophone"}).json()
+    lines = [json.loads(line) for line in lone.log.read_text().splitlines() if line.startswith("{")]
+    assert "xylophone" in [line.get("prompt") for line in lines]
+    assert answer["choices"][0]["text"] not in lone.log.read_text()
+
+
+def test_metrics_have_the_port_they_were_given_and_no_other(lone: Server):
+    aside = lone.url.rpartition(":")[0] + f":{METRICS_PORT}"
+    assert "maskllm_slots_total" in httpx.get(f"{aside}/metrics").text
+    assert httpx.get(f"{aside}/health").text == "ok"
+    assert httpx.get(f"{aside}/v1/masks").status_code == 404
+    with lone.client() as api:
+        assert api.get("/metrics").status_code == 404
+
+
+def test_twice_as_many_requests_are_taken_as_run_at_once_and_the_rest_is_told_to_come_again(lone: Server):
+    def ask(_: int) -> httpx.Response:
+        with lone.client() as api:
+            return api.post("/v1/completions", json={**LONG, "max_tokens": 100})
+
+    with ThreadPoolExecutor(10) as clients:
+        answers = list(clients.map(ask, range(10)))
+    assert Counter(answer.status_code for answer in answers) == {200: 6, 503: 4}
+    assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers if answer.status_code == 503)
+    with lone.client() as api:
+        assert api.post("/v1/completions", json=SHORT).status_code == 200
 
 
 def test_host_memory_holds_no_more_masks_than_it_may_and_frees_the_least_recently_used(lone: Server):

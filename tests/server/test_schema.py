@@ -40,3 +40,13 @@ def test_no_input_makes_the_server_fail_or_its_schema_lie(server: Server, tmp_pa
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
     assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+
+
+def test_the_schema_names_both_places_of_a_mask_beside_the_body(server: Server):
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        parameters = paths[path]["post"]["parameters"]
+        assert {(each["name"], each["in"]) for each in parameters} == {
+            ("mask", "query"),
+            ("X-Mask", "header"),
+        }
