@@ -12,7 +12,7 @@ mask is published every two seconds; 64 masks by Zipf's law; and 64 masks in tur
 rise until less than half of the answers keep the SLO. The report of the first is in runs/load, its picture is
 docs/load.png.
 
-The server has one core, the last that the command may use, and locust has the others.
+The server has one core, the first that the command may use, and locust has the others.
 """
 
 import argparse
@@ -60,9 +60,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two rates of ten seconds, only printed")
     args = parser.parse_args()
     seconds, rates, turns = (10, RATES[:2], 1) if args.quick else (args.seconds, RATES, TURNS)
-    *mine, last = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, mine or [last])
-    before = ("taskset", "-c", str(last))
+    first, *mine = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, mine or [first])
+    before = ("taskset", "-c", str(first))
     os.environ["LOAD_KEY"] = os.environ["OPENAI_API_KEY"] = "boss"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -79,7 +79,8 @@ def main() -> None:
             }
         keep(folder / next(iter(SWEEPS)))
     capacity = [row for name, each in points.items() for point in each for row in figures(name, point)]
-    cores = f"the server on core {last}, locust and vllm bench serve on {mine or 'the same'}"
+    others = ", ".join(map(str, mine)) or "the same"
+    cores = f"the server on core {first}, locust and vllm bench serve on {others}"
     lengths = f"{PROMPT_TOKENS} tokens asked, {OUTPUT_TOKENS} answered"
     notes = {
         "load": f"{lengths}, {TURN_RATE} requests/s, Poisson, {turns} turns of {seconds:g} s; {cores}",

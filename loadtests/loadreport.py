@@ -20,6 +20,7 @@ from typing import Any
 import markdown
 import matplotlib.figure
 import numpy as np
+from matplotlib.ticker import LogFormatter
 from prometheus_client.parser import text_string_to_metric_families
 from traffic import Request
 
@@ -264,7 +265,8 @@ def picture(points: list[Point], slo: Slo, other: list[Point], path: Path) -> No
     """The four plots."""
     figure = matplotlib.figure.Figure((11, 8), layout="constrained")
     (ttft, tpot), (good, masks) = figure.subplots(2, 2)
-    for loads, colour, which in ((other, "tab:gray", "before, "), (points, "tab:blue", "")):
+    sweeps = [(points, "tab:blue", "")] + [(other, "tab:gray", "before, ")] * bool(other)
+    for loads, colour, which in sweeps:
         x = [point.tokens_per_s for point in loads]
         for axis, name in ((ttft, "TTFT"), (tpot, "TPOT")):
             for q, style in ((50, "o-"), (99, "^--")):
@@ -292,6 +294,9 @@ def picture(points: list[Point], slo: Slo, other: list[Point], path: Path) -> No
         masks.plot(names, y, "o-", label=f"{point.offered:.3g} requests/s")
     masks.set(title="TTFT p50 by mask, most wanted first", ylabel="TTFT, ms", yscale="log")
     masks.tick_params(axis="x", rotation=60)
+    for axis in (ttft, tpot, masks):
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     for axis in (ttft, tpot, good, masks):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")

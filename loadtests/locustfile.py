@@ -145,8 +145,6 @@ class Run:
         """Wait for the answers that are under way: leaving them out would leave out the slowest."""
         self.flights.join(TIMEOUT_S)
         self.flights.kill()
-        if self.published:
-            self.client.delete(f"/v1/masks/{self.options.swap_name}").read()
         if self.out:
             self.log.close()
             self._snapshot("metrics-after.txt")
@@ -159,6 +157,8 @@ class Run:
                 "seconds": self.seconds,
             }
             (self.out / "run.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
+        if self.published:
+            self.client.delete(f"/v1/masks/{self.options.swap_name}").read()
         self.client.close()
 
     def _snapshot(self, name: str) -> None:

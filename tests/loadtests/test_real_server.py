@@ -1,10 +1,14 @@
 """Locust against a real server of the demo: both count the same."""
 
+import os
+import re
 import shutil
+import subprocess
+import sysconfig
 from collections import Counter
 from pathlib import Path
 
-from loading import loadreport, measured
+from loading import ROOT, loadreport, measured
 from serving import MASKS, serving
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -16,7 +20,10 @@ FAST = ("--enforce-eager", "--kv-cache-memory-bytes", 134217728)
 
 
 def test_locust_and_the_server_count_the_same(tmp_path: Path):
-    """Four kinds of users, one of which publishes a mask; then a trace, the longest as long as may be."""
+    """Four kinds of users, one of which publishes a mask; then a trace, the longest as long as may be.
+
+    Then the commands that docs/capacity.md prints.
+    """
     shutil.copytree(MASKS, tmp_path / "masks")
     (tmp_path / "trace.csv").write_text(TRACE)
     with serving(tmp_path / "masks", tmp_path, *FAST) as server:
@@ -39,8 +46,16 @@ def test_locust_and_the_server_count_the_same(tmp_path: Path):
         mixed = measured(tmp_path / "mixed", server.url, *options, LOAD_KEY="boss")
         options = ["-u", 1, "--arrivals", "trace", "--trace", tmp_path / "trace.csv", "-t", "6s", "Chat"]
         trace = measured(tmp_path / "trace", server.url, *options, LOAD_KEY="boss")
+        printed = re.search(r"```sh\n(.*?)```", (ROOT / "docs/capacity.md").read_text(), re.S)
+        environment = {**os.environ, "URL": server.url, "LOAD_KEY": "boss"}
+        path = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
+        commands = printed[1].replace("loadtests/", f"{ROOT}/loadtests/")
+        subprocess.run(
+            ["bash", "-eux", "-c", commands], cwd=tmp_path, env={**environment, "PATH": path}, check=True
+        )
         with server.client() as client:
             masks = {mask["id"] for mask in client.get("/v1/masks").json()["data"]}
+    assert "| now / before |" in (tmp_path / "runs/load/report.md").read_text()
     demo = {file.stem for file in MASKS.glob("*.safetensors")}
     for point in (mixed, trace):
         assert [each.error for each in point.requests + point.publishes if each.error] == []
