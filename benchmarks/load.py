@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=30, help="of each load")
+    parser.add_argument("--seconds", type=float, default=20, help="of each load")
     parser.add_argument("--quick", action="store_true", help="two rates of ten seconds, only printed")
     args = parser.parse_args()
     seconds, rates, turns = (10, RATES[:2], 1) if args.quick else (args.seconds, RATES, TURNS)

@@ -6,12 +6,12 @@ A *user* is a source of requests, and its class says under which masks: OneMask,
 Chat (uniform, chat completions) and Swapper, which publishes a mask again and again and asks for it. Name the
 classes that a run shall have; all are streamed. Sources do not wait for answers: they draw the times of their
 requests beforehand (`--arrivals poisson`, the default: `--rate` a second, each source) or take them from a
-trace of real ones (`--arrivals trace --trace FILE`), and a request's latency counts from the time at which it
-was to be sent. With `--arrivals closed` each user asks as soon as it has its answer.
+trace of real ones (`--arrivals trace --trace FILE`, each source all of it), and a request's latency counts
+from the time at which it was to be sent. With `--arrivals closed` each user asks as soon as it is answered.
 
 Every request is a line of OUT/requests.jsonl, from which loadreport.py reckons. Locust's own page shows TTFT
 in milliseconds and TPOT in microseconds, since locust rounds to two digits. Options are also taken from the
-environment (LOAD_RATE=5). It needs no more than locust and this folder, and runs in one process.
+environment (LOAD_RATE=5). It needs no more than locust, numpy and this folder, and runs in one process.
 """
 
 import json
@@ -236,8 +236,9 @@ class Caller(User):
         if arrival is None:
             return float("inf")
         self.arrival, now = arrival, self.shared.now()
-        self.due_s = now if self.options.arrivals == "closed" else self.started_s + arrival.at_s
-        return max(0.0, self.due_s - now)
+        due_s = self.started_s + arrival.at_s
+        self.due_s = max(now, due_s) if self.options.arrivals == "closed" else due_s
+        return max(0.0, due_s - now)
 
     @task
     def send(self) -> None:
