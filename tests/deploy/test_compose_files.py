@@ -1,4 +1,4 @@
-"""docker-compose.yml, its override, .env.example and the Dockerfile are true to each other; test_compose.py runs them."""
+"""What compose, .env.example and the Dockerfile say agrees; deploy/test_compose.py runs them."""
 
 import re
 import tomllib
