@@ -89,7 +89,7 @@ USER 1000
 # Every address of the container, of which Docker publishes what it is told to.
 ENV MASKLLM_MODEL=examples/demo/base MASKLLM_MASKS=examples/demo/masks MASKLLM_HOST=0.0.0.0 HF_HOME=/hub
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --start-interval=1s --retries=6 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --start-interval=1s --retries=6 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["maskllm", "serve"]
 ARG REVISION=unknown

@@ -107,7 +107,7 @@ def check(compose: Compose, no_cache: bool, stubs: list[str]) -> None:
     say(begin, "from the beginning to a first answer")
 
     begin = time.monotonic()
-    compose("up", "--detach", "--build", "--wait", "--wait-timeout", "600")
+    compose("up", "--detach", "--build", "--wait", "--wait-timeout", "900")
     say(begin, "everything is healthy")
     check_masks(compose)
     check_balance(compose)
