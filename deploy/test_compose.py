@@ -10,6 +10,7 @@ own, so that it disturbs nothing that runs, and ends with 1 at the first thing t
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,8 +27,8 @@ PROJECT = ["docker", "compose", "--project-name", "maskllm-test", "--profile", "
 PORTS = ["PORT", "BALANCER_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT", "GRAFANA_PORT", "LOAD_PORT"]
 STAND_INS = {"prom/alertmanager:v0.28.1": "alertmanager", "grafana/grafana:12.1.1": "grafana"}
 MASKS = sorted(file.stem for file in (ROOT / "examples/demo/masks").glob("*.safetensors"))
-LOAD_S = 30
-"""Traffic that the dashboards need: two scrapes of Prometheus at least."""
+LOAD_S = 75
+"""Traffic that the dashboards need: a minute of it, with Prometheus' interval of 15 s."""
 
 
 class Compose:
@@ -63,18 +64,20 @@ class Compose:
         with urlopen(request, timeout=60) as response:
             return json.load(response), {name.lower(): value for name, value in response.headers.items()}
 
-    def status(self, port: str, path: str) -> int:
-        try:
-            return int(urlopen(self.url(port) + path, timeout=20).status)
-        except HTTPError as error:
-            return error.code
-
     def ask(self, port: str, mask: str) -> dict[str, str]:
         """The headers of a completion under a mask."""
         body = {"prompt": "Once upon a time", "max_tokens": 8}
         completion, headers = self.answer(port, f"/v1/completions?mask={mask}", body)
         assert completion["usage"]["completion_tokens"] == 8, completion
         return headers
+
+    def refusal(self, port: str, mask: str) -> int:
+        """The status of a completion that must not be answered."""
+        try:
+            headers = self.ask(port, mask)
+        except HTTPError as error:
+            return error.code
+        raise AssertionError(f"{mask} was answered by {headers['x-mask']}")
 
 
 def main() -> None:
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--stand-ins", action="store_true", help="stand-ins for images that are not here")
     parser.add_argument("--no-cache", action="store_true", help="build the server's image from nothing")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is taken down
     compose, stubs = Compose(), stand_in() if options.stand_ins else []
     try:
         check(compose, options.no_cache, stubs)
@@ -127,7 +131,7 @@ def check_masks(compose: Compose) -> None:
     for mask in MASKS:
         assert compose.ask("PORT", mask)["x-mask"].startswith(f"{mask}@")
     assert compose.ask("PORT", "none")["x-mask"] == "none"
-    assert compose.status("PORT", "/v1/masks/nope") == 404
+    assert compose.refusal("PORT", "nope") == 404
 
 
 def check_balance(compose: Compose) -> None:
