@@ -7,7 +7,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: serve test gpu check tour table quality memory bench soak chaos bench-check readme clean
+.PHONY: serve test gpu check tour table quality memory bench soak chaos load bench-check up down test-compose readme clean
 
 serve: .venv/$(ENGINE)  ## Serve the demo base and its masks
 	$(BIN)/maskllm serve --model examples/demo/base --masks examples/demo/masks --host $(HOST) --port $(PORT) $(ARGS)
@@ -55,8 +55,22 @@ soak: .venv/$(ENGINE)-dev  ## Half an hour of mixed traffic, every token checked
 chaos: .venv/$(ENGINE)-dev  ## Every fault the server must survive (ARGS=overload for one, ARGS=--quick for less)
 	$(BIN)/python benchmarks/chaos.py $(ARGS)
 
+load: .venv/$(ENGINE)-dev  ## Measure locust, then the load that the demo server bears; rewrite the tables of it
+	$(BIN)/python benchmarks/load.py $(ARGS)
+	$(BIN)/python benchmarks/report.py readme
+
 bench-check: .venv/$(ENGINE)  ## Print every published figure that misses its `must`
 	$(BIN)/python benchmarks/report.py check
+
+up:  ## Build and start docker-compose.yml's services (ARGS='--profile scale')
+	REVISION=$$(git rev-parse --short HEAD) docker compose $(ARGS) up --build --detach --wait
+
+down:  ## Stop and remove them; what they wrote stays in their volumes
+	docker compose --profile load --profile scale down
+
+# Minutes and gigabytes, and Docker: no part of `make test`, nor of every run of CI.
+test-compose: .venv/$(ENGINE)-dev  ## Build and start all of docker-compose.yml, use it, check what watches it, take it down
+	$(BIN)/python deploy/test_compose.py $(ARGS)
 
 .venv/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

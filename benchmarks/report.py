@@ -1,11 +1,11 @@
-"""Published figures: writing them, checking them against their `must`, and drawing the README's tables.
+"""Published figures: writing them, checking them against their `must`, and drawing the tables of pages.
 
     python benchmarks/report.py check            # every figure that misses its must; fails if there is one
-    python benchmarks/report.py readme           # redraw the tables between the README's markers
+    python benchmarks/report.py readme           # redraw the tables between a page's markers
     python benchmarks/report.py readme --check   # fail if they are not what the files say
 
 A topic is benchmarks/TOPIC.json, written by the command it names. The name of a figure is its row and
-column, `legal | medical`, in the README's table; `better` says which way is up.
+column, `legal | medical`, in the table; `better` says which way is up.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs/capacity.md")
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,21 @@ def check() -> int:
 
 def readme(only_check: bool) -> int:
     """Redraw each table between `<!-- table TOPIC -->` and `<!-- end -->`; 1 if one was out of date."""
-    text = README.read_text()
 
     def redraw(match: re.Match[str]) -> str:
         content = json.loads((HERE / f"{match[1]}.json").read_text())
         return f"<!-- table {match[1]} -->\n{table(content)}\n<!-- end -->"
 
-    fresh = re.sub(r"<!-- table (\S+) -->.*?<!-- end -->", redraw, text, flags=re.S)
-    if fresh != text and not only_check:
-        README.write_text(fresh)
-    if fresh != text and only_check:
-        print("the README's tables are out of date: python benchmarks/report.py readme")
-    return int(fresh != text and only_check)
+    stale = 0
+    for page in PAGES:
+        text = page.read_text()
+        fresh = re.sub(r"<!-- table (\S+) -->.*?<!-- end -->", redraw, text, flags=re.S)
+        if fresh != text and only_check:
+            print(f"tables of {page.name} are out of date: python benchmarks/report.py readme")
+            stale = 1
+        elif fresh != text:
+            page.write_text(fresh)
+    return stale
 
 
 def main() -> int:
@@ -137,7 +140,7 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="print every figure that misses its must")
-    commands.add_parser("readme", help="redraw the README's tables").add_argument(
+    commands.add_parser("readme", help="redraw the tables of README and docs").add_argument(
         "--check", action="store_true"
     )
     args = parser.parse_args()

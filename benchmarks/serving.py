@@ -32,6 +32,14 @@ ADMIN = {"Authorization": "Bearer boss"}
 BINARY = {"content-type": "application/octet-stream"}
 START_S = 300
 NOISE = 0.2
+BENCH = """
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""`vllm bench serve`, whose console script does not start in vLLM's CPU package ("No package metadata")."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
 from dataclasses import replace
 from http import HTTPStatus
+from multiprocessing import active_children
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from socket import socket
@@ -276,6 +277,9 @@ class Engine:
         if watching.done():
             watching.result()
         watching.cancel()
+        if not self.up:  # an engine that is being started would be waited for
+            for child in active_children():
+                child.kill()
 
     async def _watch(self, restored: Callable[[], Awaitable[None]]) -> None:
         """Start the engine again whenever it dies; raises what keeps it from starting."""

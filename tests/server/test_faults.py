@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
@@ -45,6 +46,10 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def aside(server: Server) -> httpx.Client:
     """Of the port for metrics."""
     return httpx.Client(base_url=f"{server.url.rpartition(':')[0]}:{METRICS_PORT}", timeout=60)
+
+
+def engine_of(server: Server) -> psutil.Process:
+    return next(p for p in psutil.Process(server.process.pid).children() if "EngineCore" in p.name())
 
 
 def in_flight(server: Server, **options) -> tuple[threading.Thread, list[httpx.Response]]:
@@ -147,8 +152,7 @@ def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_s
         states = {mask["id"]: mask["state"] for mask in api.get("/v1/masks").json()["data"]}
         whole, answers = in_flight(lone)
         stream, chunks = in_flight(lone, stream=True)
-        engine = next(p for p in psutil.Process(lone.process.pid).children() if "EngineCore" in p.name())
-        engine.kill()
+        engine_of(lone).kill()
         killed = time.monotonic()
         assert api.get("/v1/masks", timeout=5).status_code == 200  # asks an engine that will not answer
         whole.join(5)
@@ -188,3 +192,16 @@ def test_told_to_stop_it_refuses_new_requests_finishes_those_in_flight_and_exits
     assert running[0][1][0].json()["usage"]["completion_tokens"] == 400
     assert running[1][1][0].text.endswith("data: [DONE]\n\n")
     assert lone.process.wait(60) == 0
+
+
+def test_told_to_stop_while_another_engine_starts_it_does_not_wait_for_that(tmp_path: Path):
+    with serving(MASKS, tmp_path / "server.log", CXX="no-compiler") as server:
+        engine_of(server).kill()
+        while httpx.get(f"{server.url}/health").status_code == 200:
+            time.sleep(0.05)
+        while "Initializing a V1 LLM engine" not in server.log.read_text().partition("starting another")[2]:
+            time.sleep(0.05)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+        assert psutil.wait_procs(children, timeout=5)[1] == []

@@ -10,6 +10,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from running import BASE, MASKS, Server
+from serving import BENCH
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.core import maskset
@@ -58,16 +59,6 @@ def test_lm_evaluation_harness_sees_the_masked_model_through_http(server: Server
     greedy = model.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)
     whole = tokenizer.decode(greedy[0, prompt.shape[1] :], skip_special_tokens=True)
     assert text == whole.partition(".")[0]
-
-
-# vLLM's console script does not start in its CPU package ("No package metadata").
-BENCH = """
-import argparse
-from vllm.benchmarks.serve import add_cli_args, main
-parser = argparse.ArgumentParser()
-add_cli_args(parser)
-main(parser.parse_args())
-"""
 
 
 def test_vllm_bench_serve_completes_over_three_masks(server: Server, tmp_path: Path):
