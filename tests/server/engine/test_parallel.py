@@ -118,7 +118,8 @@ def test_keys_and_values_that_both_have_are_masked_in_both(tmp_path: Path):
     torch.manual_seed(0)
     shapes = {"hidden_size": 96, "intermediate_size": 88, "num_hidden_layers": 2, "vocab_size": 4096}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32}
-    config = LlamaConfig(**shapes, **heads, initializer_range=0.3, max_position_embeddings=256)
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 256}
+    config = LlamaConfig(**shapes, **heads, **tokens, initializer_range=0.3)
     folder, masks = tmp_path / "model", tmp_path / "masks"
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     for file in BASE.glob("token*"):
