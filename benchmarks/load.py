@@ -1,6 +1,6 @@
 """What load the demo server bears, and that locust says so correctly: make load
 
-    python benchmarks/load.py            # a quarter of an hour; writes benchmarks/load.json and capacity.json
+    python benchmarks/load.py            # ten minutes; writes benchmarks/load.json and capacity.json
     python benchmarks/load.py --quick    # two minutes, only printed
 
 First locust itself is measured: `loadtests/stub.py` answers on a schedule, so what locust reports must be
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=20, help="of each load")
+    parser.add_argument("--seconds", type=float, default=15, help="of each load")
     parser.add_argument("--quick", action="store_true", help="two rates of ten seconds, only printed")
     args = parser.parse_args()
     seconds, rates, turns = (10, RATES[:2], 1) if args.quick else (args.seconds, RATES, TURNS)
