@@ -153,7 +153,7 @@ def check_load(compose: Compose) -> None:
         check_masks(compose)
         time.sleep(1)
     stats, _ = compose.answer("LOAD_PORT", "/stats/requests")
-    urlopen(compose.url("LOAD_PORT") + "/stop", timeout=150).close()
+    urlopen(compose.url("LOAD_PORT") + "/stop", b"", timeout=150).close()
     assert stats["total_rps"] > 0, stats
     assert not stats["errors"], stats
     print(f"locust: {stats['total_rps']:.1f} events/s, no error")

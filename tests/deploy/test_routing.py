@@ -25,9 +25,11 @@ from serving import BASE, MASKS, Server, free_port, running  # noqa: E402
 pytestmark = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 
 NAMES = sorted(file.stem for file in MASKS.glob("*.safetensors"))
-OPTIONS = ["--slots", 4, "--kv-cache-memory-bytes", 128 << 20, "--max-num-seqs", 8, "--enforce-eager"]
 HOT = 16
-"""Requests under way at a time. The home of their mask may have 1.25 of its half of them: 10."""
+"""Requests under way at a time. The home of their mask may have 1.25 of its half of them."""
+MOST = 10
+OPTIONS = ["--slots", 4, "--kv-cache-memory-bytes", 128 << 20, "--max-num-seqs", 8, "--enforce-eager"]
+OPTIONS += ["--max-waiting", MOST]
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,17 @@ def test_a_hot_mask_spills_over_to_the_other_replica(balanced: Balanced):
     assert {
         name: count["legal"] - before[name]["legal"] for name, count in balanced.served().items()
     } == there
-    assert HOT / 2 <= there[home] <= 10
+    assert HOT / 2 <= there[home] <= MOST
+
+
+def test_what_a_full_replica_refuses_is_tried_on_the_other(balanced: Balanced):
+    home = balanced.replica(params={"mask": "legal"})
+    long = {"prompt": "The", "max_tokens": 200, "min_tokens": 200}
+    with ThreadPoolExecutor(2 * MOST) as pool, balanced.replicas[home].client() as direct:
+        filling = [pool.submit(direct.post, "/v1/completions", json=long) for _ in range(2 * MOST)]
+        while direct.post("/v1/completions", json={"prompt": "The", "max_tokens": 1}).status_code != 503:
+            assert not all(each.done() for each in filling), "it was never full"
+        assert balanced.replica(params={"mask": "legal"}) != home
 
 
 def test_a_replica_says_what_llm_ds_router_reads(balanced: Balanced):
