@@ -15,4 +15,5 @@ RUN apt-get update && apt-get install -y --no-install-recommends busybox && rm -
     && ln -s busybox /bin/wget && install -d /www/api && echo '{"database": "ok", "version": "stub"}' >/www/api/health
 LABEL maskllm.stand-in=true
 USER 65534
+STOPSIGNAL SIGKILL
 ENTRYPOINT ["busybox", "httpd", "-f", "-p", "3000", "-h", "/www"]

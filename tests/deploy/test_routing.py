@@ -25,9 +25,11 @@ from serving import BASE, MASKS, Server, free_port, running  # noqa: E402
 pytestmark = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 
 NAMES = sorted(file.stem for file in MASKS.glob("*.safetensors"))
-OPTIONS = ["--slots", 4, "--kv-cache-memory-bytes", 128 << 20, "--max-num-seqs", 8, "--enforce-eager"]
 HOT = 16
-"""Requests under way at a time. The home of their mask may have 1.25 of its half of them: 10."""
+"""Requests under way at a time. The home of their mask may have 1.25 of its half of them."""
+MOST = 10
+OPTIONS = ["--slots", 4, "--kv-cache-memory-bytes", 128 << 20, "--max-num-seqs", 8, "--enforce-eager"]
+OPTIONS += ["--max-waiting", MOST]
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,9 @@ def test_a_mask_is_found_in_a_long_body(balanced: Balanced):
     assert {mask: balanced.ask(long | {"mask": mask}).headers["X-Replica"] for mask in NAMES} == home
 
 
-def test_requests_that_name_no_mask_are_dealt_in_turn(balanced: Balanced):
+def test_requests_that_name_no_mask_are_spread_over_both(balanced: Balanced):
     for how in ({}, {"params": {"mask": "none"}}):
-        assert Counter(balanced.replica(**how) for _ in range(4)) == {"one": 2, "two": 2}
+        assert {balanced.replica(**how) for _ in range(16)} == {"one", "two"}
 
 
 def test_a_hot_mask_spills_over_to_the_other_replica(balanced: Balanced):
@@ -149,21 +151,33 @@ def test_a_hot_mask_spills_over_to_the_other_replica(balanced: Balanced):
     assert {
         name: count["legal"] - before[name]["legal"] for name, count in balanced.served().items()
     } == there
-    assert HOT / 2 <= there[home] <= 10
+    assert HOT / 2 <= there[home] <= MOST
+
+
+def test_what_a_full_replica_refuses_is_tried_on_the_other(balanced: Balanced):
+    home = balanced.replica(params={"mask": "legal"})
+    long = {"prompt": "The", "max_tokens": 200, "min_tokens": 200}
+    with ThreadPoolExecutor(2 * MOST) as pool, balanced.replicas[home].client() as direct:
+        filling = [pool.submit(direct.post, "/v1/completions", json=long) for _ in range(2 * MOST)]
+        while direct.post("/v1/completions", json={"prompt": "The", "max_tokens": 1}).status_code != 503:
+            assert not all(each.done() for each in filling), "it was never full"
+        assert balanced.replica(params={"mask": "legal"}) != home
 
 
 def test_a_replica_says_what_llm_ds_router_reads(balanced: Balanced):
     """Its model server protocol: masks as adapters in the gauge, and as models with a parent."""
-    replica = balanced.replicas["one"].client()
     body = {"prompt": "The", "max_tokens": 200, "min_tokens": 200, "stream": True, "model": "legal"}
-    with replica.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
-        metrics = replica.get("/metrics").text
-    samples = [each for family in text_string_to_metric_families(metrics) for each in family.samples]
-    labels = [each.labels for each in samples if each.name == "vllm:lora_requests_info"]
-    assert labels == [{"max_lora": "4", "running_lora_adapters": "legal", "waiting_lora_adapters": ""}]
-    assert {"vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"} <= {each.name for each in samples}
-    models = replica.get("/v1/models").json()["data"]
+    with balanced.replicas["one"].client() as replica:
+        with replica.stream("POST", "/v1/completions", json=body) as answer:
+            for _ in answer.iter_lines():  # each a token, until a step with it has been counted
+                families = text_string_to_metric_families(replica.get("/metrics").text)
+                samples = {each.name: each for family in families for each in family.samples}
+                labels = samples["vllm:lora_requests_info"].labels
+                if labels["running_lora_adapters"]:
+                    break
+        models = replica.get("/v1/models").json()["data"]
+    assert labels == {"max_lora": "4", "running_lora_adapters": "legal", "waiting_lora_adapters": ""}
+    assert {"vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"} <= set(samples)
     assert {each["id"]: each["parent"] for each in models} == {"base": None} | dict.fromkeys(NAMES, "base")
 
 
