@@ -40,11 +40,11 @@ class Prometheus:
     """A Prometheus, over HTTP."""
 
     def __init__(self, url: str) -> None:
-        self.http = httpx.Client(base_url=url, timeout=30)
+        self.url = url.rstrip("/")
 
     def ask(self, path: str, **parameters: Any) -> Any:
         """The answer's data. Raises ValueError with Prometheus' own words."""
-        answer = self.http.get(path, params=parameters).json()
+        answer = httpx.get(f"{self.url}{path}", params=parameters, timeout=30).json()
         if answer["status"] != "success":
             raise ValueError(answer["error"])
         return answer["data"]
