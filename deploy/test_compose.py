@@ -106,7 +106,7 @@ def check(compose: Compose, no_cache: bool, stubs: list[str]) -> None:
     say(begin, "the server's image is built")
     started = time.monotonic()
     compose("up", "--detach", "--no-build", "server")
-    until(lambda: compose.ask("PORT", "legal"), 300)
+    until(lambda: compose.ask("PORT", "legal"), 600)
     say(started, "from its image to a first answer")
     say(begin, "from the beginning to a first answer")
 

@@ -120,10 +120,14 @@ class MaskStatLogger(PrometheusStatLogger):
     """vLLM's metrics, where `vllm:lora_requests_info` says which masks run and wait now.
 
     vLLM keeps a series for every combination of them that there ever was: 200 masks make thousands an hour.
+    And it names those that only run as waiting, too, and the other way round: routers would count them twice.
     """
 
     def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kwargs: Any) -> None:
         if scheduler_stats is not None and self.gauge_lora_info is not None:
+            for counts in (scheduler_stats.running_lora_adapters, scheduler_stats.waiting_lora_adapters):
+                for name in [name for name, count in counts.items() if not count]:
+                    del counts[name]
             self.gauge_lora_info.clear()
         super().record(scheduler_stats, *args, **kwargs)
 
