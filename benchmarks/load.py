@@ -12,7 +12,7 @@ mask is published every two seconds; 64 masks by Zipf's law; and 64 masks in tur
 rise until less than half of the answers keep the SLO. The report of the first is in runs/load, its picture is
 docs/load.png.
 
-The server has one core, the first that the command may use, and locust has the others.
+The server has one core, the last that the command may use, and locust has the others.
 """
 
 import argparse
@@ -37,8 +37,9 @@ from sweep import sweep
 MASKS, SLOTS = 64, 8
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 32
 RATES = (4, 8, 16, 24, 32, 48)
-TURNS, TURN_RATE = 3, 8
-"""Of vllm bench serve and locust, and the requests a second of both."""
+TURNS, TURN_RATE, TURN_S = 3, 8, 30
+"""Of vllm bench serve and locust: the requests a second of both, and the seconds of each turn. What a request
+takes goes with how many there are, so turns must be long enough for 8 a second at random to be about 8."""
 STUB_TTFT_MS, STUB_TPOT_MS = 50, 20
 WARMUP_S = 3
 SLO = Slo(ttft_s=0.5, tpot_s=0.05)
@@ -59,10 +60,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="of each load")
     parser.add_argument("--quick", action="store_true", help="two rates of ten seconds, only printed")
     args = parser.parse_args()
-    seconds, rates, turns = (10, RATES[:2], 1) if args.quick else (args.seconds, RATES, TURNS)
-    first, *mine = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, mine or [first])
-    before = ("taskset", "-c", str(first))
+    seconds, rates, turns, turn_s = (
+        (10, RATES[:2], 1, 10) if args.quick else (args.seconds, RATES, TURNS, TURN_S)
+    )
+    *mine, last = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, mine or [last])
+    before = ("taskset", "-c", str(last))
     os.environ["LOAD_KEY"] = os.environ["OPENAI_API_KEY"] = "boss"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -72,7 +75,7 @@ def main() -> None:
         agreement = [*against_stub(folder, before, max(rates), seconds)]
         with serving(folder / "masks", folder, "--slots", SLOTS, before=before) as server:
             warm_up(server, masks, folder)
-            agreement += against_vllm(server, masks[:SLOTS], folder, turns, seconds)
+            agreement += against_vllm(server, masks[:SLOTS], folder, turns, turn_s)
             points = {
                 name: swept(server, users, masks[:wanted], rates, seconds, folder / name)
                 for name, (users, wanted) in SWEEPS.items()
@@ -80,10 +83,10 @@ def main() -> None:
         keep(folder / next(iter(SWEEPS)))
     capacity = [row for name, each in points.items() for point in each for row in figures(name, point)]
     others = ", ".join(map(str, mine)) or "the same"
-    cores = f"the server on core {first}, locust and vllm bench serve on {others}"
+    cores = f"the server on core {last}, locust and vllm bench serve on {others}"
     lengths = f"{PROMPT_TOKENS} tokens asked, {OUTPUT_TOKENS} answered"
     notes = {
-        "load": f"{lengths}, {TURN_RATE} requests/s, Poisson, {turns} turns of {seconds:g} s; {cores}",
+        "load": f"{lengths}, {TURN_RATE} requests/s, Poisson, {turns} turns of {turn_s} s; {cores}",
         "capacity": f"{lengths}, Poisson, {seconds:g} s of each; SLO: TTFT {1000 * SLO.ttft_s:g} ms, TPOT "
         f"{1000 * SLO.tpot_s:g} ms; {SLOTS} slots; {cores}",
     }
@@ -147,7 +150,10 @@ def vllm_bench(server: Server, masks: list[str], out: Path, seconds: float, seed
     }  # fmt: skip
     words = [str(word) for option in options.items() for word in option]
     words += ["--lora-modules", *masks, "--ignore-eos", "--save-result", "--disable-tqdm"]
-    subprocess.run([sys.executable, "-c", BENCH, *words], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", BENCH, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
     result = json.loads((out / "vllm.json").read_text())
     if result["failed"]:
         raise RuntimeError(f"{result['failed']} requests of vllm bench serve failed")

@@ -214,19 +214,20 @@ class Caller(User):
         self.shared: Run = current
         self.options: Any = current.options
         self.source = next(current.sources)
-        self.rng = np.random.default_rng([self.options.seed, self.source])
+        # Times have a generator of their own, so that a seed gives the same whatever is drawn for requests.
+        times, self.rng = np.random.default_rng([self.options.seed, self.source]).spawn(2)
         self.masks = self.draw()
-        self.schedule = self.arrivals()
+        self.schedule = self.arrivals(times)
         self.started_s = current.now()
         gevent.sleep(self.wait_time())
 
-    def arrivals(self) -> Iterator[Arrival]:
+    def arrivals(self, rng: np.random.Generator) -> Iterator[Arrival]:
         """Requests to come; nothing in it depends on answers."""
         length = self.options.prompt_tokens, self.options.output_tokens
         if self.options.arrivals == "closed":
             return repeat(Arrival(0, *length))
         if self.options.arrivals == "poisson":
-            return traffic.poisson(self.options.rate, length, self.rng)
+            return traffic.poisson(self.options.rate, length, rng)
         context = self.shared.context - TEMPLATE_TOKENS
         return iter(traffic.trace(self.shared.trace, context, self.options.trace_speed))
 
@@ -335,7 +336,7 @@ class Swapper(Caller):
     def draw(self) -> Iterator[str]:
         return repeat(self.options.swap_name)
 
-    def arrivals(self) -> Iterator[Arrival]:
+    def arrivals(self, _rng: np.random.Generator) -> Iterator[Arrival]:
         self.files = cycle(self.shared.files)
         return traffic.regular(
             self.options.swap_every, (self.options.prompt_tokens, self.options.output_tokens)
