@@ -183,7 +183,8 @@ def swept(
 def keep(folder: Path) -> None:
     """Write the report of a sweep into runs/load, and its picture where the docs show it."""
     loadreport.write(folder, loadreport.read(folder, WARMUP_S), SLO, [])
-    shutil.copytree(folder, ROOT / "runs/load", dirs_exist_ok=True)
+    shutil.rmtree(ROOT / "runs/load", ignore_errors=True)
+    shutil.copytree(folder, ROOT / "runs/load")
     shutil.copy(folder / "load.png", ROOT / "docs/load.png")
 
 

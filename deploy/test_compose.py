@@ -23,8 +23,17 @@ from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).parents[1]
-PROJECT = ["docker", "compose", "--project-name", "maskllm-test", "--profile", "load", "--profile", "scale"]
-PORTS = ["PORT", "BALANCER_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT", "GRAFANA_PORT", "LOAD_PORT"]
+PROJECT = ["docker", "compose", "--env-file", "/dev/null", "--project-name", "maskllm-test"]
+PROJECT += ["--profile", "load", "--profile", "scale"]
+PORTS = [
+    "PORT",
+    "REPLICA_PORT",
+    "BALANCER_PORT",
+    "PROMETHEUS_PORT",
+    "ALERTMANAGER_PORT",
+    "GRAFANA_PORT",
+    "LOAD_PORT",
+]
 STAND_INS = {"prom/alertmanager:v0.28.1": "alertmanager", "grafana/grafana:12.1.1": "grafana"}
 MASKS = sorted(file.stem for file in (ROOT / "examples/demo/masks").glob("*.safetensors"))
 LOAD_S = 75

@@ -9,6 +9,7 @@ the trace is played. The report is in OUT, as loadreport.py writes it.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ def sweep(
     host: str, users: list[str], rates: list[float], seconds: float, out: Path, options: list[str]
 ) -> None:
     """One run for each rate. Exits where locust could not run; requests that fail are in the report."""
+    for old in out.glob("rate-*"):  # the report would take them for loads of this sweep
+        shutil.rmtree(old)
     for rate in rates:
         folder, number = out / f"rate-{rate:g}", str(len(users))
         command = [
@@ -37,7 +40,6 @@ def sweep(
         ]
         command += ["-u", number, "-r", number, "-t", f"{seconds:g}s", "--out", str(folder)]
         command += ["--rate", str(rate), "--trace-speed", str(rate), *options, *users]
-        (folder / "run.json").unlink(missing_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not (folder / "run.json").exists():
             sys.exit(done.stderr[-3000:])

@@ -1,6 +1,7 @@
 """`maskllm serve`: read the settings, start the engine, find the masks, answer."""
 
 import logging
+import signal
 import socket
 import sys
 
@@ -47,6 +48,8 @@ async def run(settings: Settings) -> None:
 
 
 def main() -> None:
+    # Until the doors are open: as process 1 of a container Python would ignore it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         settings = CliApp.run(Settings)

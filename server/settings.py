@@ -67,8 +67,8 @@ class Settings(
     """Ignore a request's unknown fields and read "1" as 1, as vLLM does; they are refused otherwise."""
 
     keys: str = ""
-    """File of API keys, a JSON list of what `maskllm key` prints; by environment, that list itself.
-    Without keys everyone may use every mask, and nobody may change them."""
+    """File of API keys, a JSON list of the entries that `maskllm key` prints; by environment, that list
+    itself. Without keys everyone may use every mask, and nobody may change them."""
 
     max_body_bytes: PositiveInt = 4 << 20
     """Largest body of a request."""

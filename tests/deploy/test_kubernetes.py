@@ -52,6 +52,7 @@ def test_containers_run_as_nobody_who_can_change_anything(overlay: str):
     spec = pod(overlay)
     assert spec["securityContext"]["runAsNonRoot"]
     assert not spec["automountServiceAccountToken"]
+    assert not spec["enableServiceLinks"]  # which would set MASKLLM_PORT, an option of the server's
     for container in spec["containers"] + spec["initContainers"]:
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,

@@ -7,6 +7,8 @@ in order, and the last one ends it.
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,7 +19,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from running import MASKS, SLOTS, Server, serving
+from running import BASE, MASKS, ROOT, SLOTS, Server, serving
 from serving import free_port
 from test_api import metric
 
@@ -205,3 +207,16 @@ def test_told_to_stop_while_another_engine_starts_it_does_not_wait_for_that(tmp_
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0
         assert psutil.wait_procs(children, timeout=5)[1] == []
+
+
+def test_told_to_stop_before_it_is_up_it_ends_with_all_that_it_started(tmp_path: Path):
+    log = tmp_path / "server.log"
+    command = [sys.executable, "-m", "server", "--model", BASE, "--masks", MASKS, "--port", str(free_port())]
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT) as server:
+        while "Initializing a V1 LLM engine" not in log.read_text():
+            time.sleep(0.05)
+        children = psutil.Process(server.pid).children(recursive=True)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    assert children
+    assert psutil.wait_procs(children, timeout=5)[1] == []
