@@ -104,6 +104,7 @@ async def create_app(
                     if await masks.ready(mask):
                         turn.push(using.pop_all())
                         break
+                name = UNKNOWN  # replaced or removed meanwhile, and forgotten in the metrics
             name = mask.name if mask else DENSE
             entry.mask = mask.label if mask else DENSE
             request.model = mask.key if mask else masks.base_name

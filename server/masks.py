@@ -211,6 +211,8 @@ class Masks:
             except BaseException:
                 if old is None or retired:
                     await self._unload(mask)
+                if old is None:
+                    await self.engine.forget(name)
                 if held:
                     await self.engine.pin(held, True)
                 raise
@@ -228,8 +230,7 @@ class Masks:
         """
         mask = self.names.mask(name)
         async with self._locks[mask.name]:
-            if self.known.get(mask.name) is not mask:
-                raise UnknownMask(f"mask {name!r} was replaced or removed in the meantime")
+            self._check_current(mask)
             if aliases := self.names.pointing(mask.name):
                 raise MaskInUse(f"alias {aliases[0]!r} points to mask {name!r}: change or delete it first")
             self.names.pin(mask.name, False)
@@ -239,21 +240,33 @@ class Masks:
             await self.engine.forget(mask.name)
 
     async def pin(self, name: str, pinned: bool) -> Mask:
-        """Keep a mask resident in a slot, or no longer. Raises NoRoom where no slot would be left."""
+        """Keep a mask resident in a slot, or no longer.
+
+        Raises NoRoom where no slot would be left, or UnknownMask where it was replaced in the meantime.
+        """
         mask = self.names.mask(name)
         async with self._locks[mask.name]:
-            others = self.names.pinned - {mask.name}
-            if pinned and len(others) + 1 >= self.slots:
-                raise NoRoom(
-                    f"{len(others)} masks are pinned in {self.slots} slots, and one must be left for the "
-                    "others: unpin one, or start with more --slots"
-                )
+            self._check_current(mask)
             if pinned:
+                self._check_pins(mask)
                 await self._load(mask)
+                self._check_pins(mask)  # others may have been pinned meanwhile
             self.names.pin(mask.name, pinned)
             if mask.id in self.packed:
                 await self.engine.pin(mask, pinned)
         return mask
+
+    def _check_current(self, mask: Mask) -> None:
+        if self.known.get(mask.name) is not mask:
+            raise UnknownMask(f"mask {mask.name!r} was replaced or removed in the meantime")
+
+    def _check_pins(self, mask: Mask) -> None:
+        others = self.names.pinned - {mask.name}
+        if len(others) + 1 >= self.slots:
+            raise NoRoom(
+                f"{len(others)} masks are pinned in {self.slots} slots, and one must be left for the "
+                "others: unpin one, or start with more --slots"
+            )
 
     async def load(self, name: str) -> Mask:
         """Bring a mask into the engine's host memory before anybody asks for it."""

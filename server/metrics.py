@@ -197,7 +197,7 @@ def _machine() -> Iterator[Metric]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             resident += process.memory_info().rss
-            cpu_s += sum(process.cpu_times()[:2])  # user and system
+            cpu_s += sum(process.cpu_times()[:4])  # user and system, and of children that have ended
     memory = psutil.virtual_memory()
     yield CounterMetricFamily(
         "maskllm_engine_cpu_seconds", "CPU time of the engine's processes.", value=cpu_s

@@ -19,6 +19,7 @@ from signal import SIGINT, SIGTERM
 from socket import socket
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import uvicorn
 import vllm.envs as envs
@@ -182,11 +183,11 @@ class Engine:
 
     async def unload(self, mask: Mask) -> None:
         """Free a mask that no new request can name, once those in flight are done."""
+        await self.pin(mask, False)  # its slot is the others', too, while its last requests are answered
         while self.in_flight(mask):
             await asyncio.sleep(DRAIN_POLL_S)
         self.adapters.pop(mask.key, None)
         with suppress(EngineDeadError):
-            await self.pin(mask, False)
             await self._ask(self.llm.remove_lora(mask.id))
 
     async def pin(self, mask: Mask, pinned: bool) -> None:
@@ -280,10 +281,14 @@ class Engine:
         )
         if watching.done():
             watching.result()
+        while not (self.up or watching.done()):  # an engine that is being started would be waited for
+            for engine in active_children():
+                with suppress(psutil.NoSuchProcess):
+                    for process in [*psutil.Process(engine.pid).children(recursive=True), engine]:
+                        process.kill()
+            await asyncio.sleep(WATCH_S)
         watching.cancel()
-        if not self.up:  # an engine that is being started would be waited for
-            for child in active_children():
-                child.kill()
+        await asyncio.gather(watching, return_exceptions=True)
 
     async def _watch(self, restored: Callable[[], Awaitable[None]]) -> None:
         """Start the engine again whenever it dies; raises what keeps it from starting."""

@@ -169,8 +169,10 @@ class AsyncMaskScheduler(MaskScheduler, AsyncScheduler):
 
 def pin_mask(core: EngineCore, mask_id: int, pinned: bool) -> None:
     """A method that the plugin gives `EngineCore`, which has the scheduler and reaches the workers."""
-    (core.scheduler.pinned.add if pinned else core.scheduler.pinned.discard)(mask_id)
+    core.scheduler.pinned.discard(mask_id)
     core.model_executor.collective_rpc("pin_mask", args=(mask_id, pinned))
+    if pinned:  # and in a slot: a worker that cannot raises
+        core.scheduler.pinned.add(mask_id)
 
 
 def mask_of(request: Request) -> int:

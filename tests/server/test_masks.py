@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from running import BASE, MASKS
 
 from maskllm.core.base import read_base
-from server.errors import NoRoom, UnavailableMask
+from server.errors import NoRoom, UnavailableMask, UnknownMask
 from server.masks import Mask, Masks
 from server.metrics import Metrics
 from server.names import BadState
@@ -101,6 +101,27 @@ def test_a_pin_that_finds_no_room_is_not_remembered(masks: Masks):
         asyncio.run(masks.pin("legal", True))
     assert masks.names.pinned == set()
     assert not (masks.folder / "masks.json").exists()
+
+
+def test_pins_at_the_same_time_leave_a_slot_to_the_others(masks: Masks):
+    asyncio.run(masks.pin("legal", True))
+
+    async def two() -> list[object]:
+        pins = masks.pin("code", True), masks.pin("medical", True)
+        return await asyncio.gather(*pins, return_exceptions=True)
+
+    assert [type(result) for result in asyncio.run(two())] == [Mask, NoRoom]
+    assert len(masks.names.pinned) == 2
+    assert masks.engine.pinned == {masks.known[name].id for name in masks.names.pinned}
+
+
+def test_a_pin_that_waited_while_its_mask_was_replaced_holds_nothing(masks: Masks):
+    async def both() -> list[object]:
+        new = masks.put("legal", masks.folder / "medical.safetensors")
+        return await asyncio.gather(new, masks.pin("legal", True), return_exceptions=True)
+
+    assert isinstance(asyncio.run(both())[1], UnknownMask)
+    assert masks.engine.pinned == masks.names.pinned == set()
 
 
 def test_pins_of_masks_whose_files_are_missing_count_too(masks: Masks):

@@ -65,7 +65,8 @@ def test_swaps_are_counted_by_mask_from_0_on_and_forgotten_with_it(http: httpx.C
 def test_refused_puts_are_counted_and_puts_that_name_no_file_are_not(http: httpx.Client):
     before = metric(http, "maskllm_masks_refused_total")
     assert http.put("/v1/masks/broken").status_code == 400
-    assert http.put("/v1/masks/up", content=b"no mask", headers={"content-type": "application/octet-stream"})
+    binary = {"content-type": "application/octet-stream"}
+    assert http.put("/v1/masks/up", content=b"no mask", headers=binary).status_code == 400
     assert http.put("/v1/masks/ghost").status_code == 400
     assert metric(http, "maskllm_masks_refused_total") == before + 2
     assert metric(http, "maskllm_refused_files") >= 3  # broken, foreign, and a name that is markup
