@@ -150,8 +150,7 @@ def watching(server: Server, folder: Path) -> Iterator[Watched]:
             )
         )
         asked = Prometheus(f"http://{address}")
-        stack.callback(asked.http.close)
-        until(lambda: asked.http.get("/-/ready").status_code == 200)
+        until(lambda: httpx.get(f"http://{address}/-/ready").status_code == 200)
         yield Watched(server, asked, told)
 
 
