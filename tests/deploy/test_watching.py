@@ -87,8 +87,10 @@ def webhook(told: "queue.Queue[dict[str, Any]]") -> Iterator[int]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         threading.Thread(target=listening.serve_forever).start()
-        yield listening.server_address[1]
-        listening.shutdown()
+        try:
+            yield listening.server_address[1]
+        finally:
+            listening.shutdown()
 
 
 def rewritten(source: Path, target: Path, change: Callable[[Any], None]) -> Path:
