@@ -207,6 +207,7 @@ def test_told_to_stop_while_another_engine_starts_it_does_not_wait_for_that(tmp_
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0
         assert psutil.wait_procs(children, timeout=5)[1] == []
+        assert "init engine (" not in server.log.read_text().partition("starting another")[2]  # its end
 
 
 def test_told_to_stop_before_it_is_up_it_ends_with_all_that_it_started(tmp_path: Path):
