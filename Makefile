@@ -19,12 +19,13 @@ gpu: .venv/gpu-dev  ## Run the tests that need a GPU, then measure its kernels
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/python benchmarks/gpu.py
 
-check: .venv/$(ENGINE)-dev  ## Format, lint, types, import directions, README tables
+check: .venv/$(ENGINE)-dev  ## Format, lint, types, import directions, tables, dashboards, alerts, compose
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/report.py readme --check
+	$(BIN)/python -m pytest -q tests/deploy/test_dashboards.py tests/deploy/test_prometheus.py tests/deploy/test_compose_files.py
 
 tour: .venv/$(ENGINE)  ## Prune, learn, inspect, evaluate, serve, ask, swap, stop
 	$(BIN)/python examples/tour.py
