@@ -200,13 +200,13 @@ def end(**_: object) -> None:
 
 
 class Caller(User):
-    """A source of requests."""
+    """A source of requests; of itself, every one under the first mask."""
 
     abstract = True
 
     def draw(self) -> Iterator[str]:
         """Masks, one for each request."""
-        raise NotImplementedError
+        return traffic.one(self.shared.masks)
 
     def on_start(self) -> None:
         if current is None:
@@ -292,9 +292,6 @@ class Caller(User):
 
 class OneMask(Caller):
     """Every request under the first mask."""
-
-    def draw(self) -> Iterator[str]:
-        return traffic.one(self.shared.masks)
 
 
 class Uniform(Caller):

@@ -293,18 +293,22 @@ def dashboard(uid: str, title: str, description: str, variables: list[dict[str, 
     }
 
 
+def engines_up() -> dict[str, Any]:
+    return stat(
+        "Engines up",
+        "Servers whose engine can answer.",
+        "none",
+        f"sum(maskllm_engine_up{{{ON}}}) or vector(0)",
+        good(1),
+    )
+
+
 def overview() -> Any:
     answers, errors = rate("maskllm_http_responses_total", ANSWERS), f'{ANSWERS},status=~"5.."'
     first_token = bad(FIRST_TOKEN_S)
     burning = ((None, "green"), (1.0, "yellow"), (6.0, "orange"), (14.4, "red"))
     now = [
-        stat(
-            "Engines up",
-            "Servers whose engine can answer.",
-            "none",
-            f"sum(maskllm_engine_up{{{ON}}}) or vector(0)",
-            good(1),
-        ),
+        engines_up(),
         stat(
             "Alerts firing",
             "What each means: docs/operations.md.",
@@ -600,13 +604,7 @@ def engine() -> Any:
         return f"{metric}{{{ON}}}", "{{instance}}"
 
     now = [
-        stat(
-            "Engines up",
-            "Servers whose engine can answer.",
-            "none",
-            f"sum(maskllm_engine_up{{{ON}}}) or vector(0)",
-            good(1),
-        ),
+        engines_up(),
         stat(
             "Restarts, 1 h",
             "Times that an engine died, and the server started another.",

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 from serving import BASE, MASKS, Server, free_port, running  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
+pytestmark = pytest.mark.skipif(
+    not shutil.which("haproxy"), reason="needs haproxy, which is not here (apt-get install haproxy)"
+)
 
 NAMES = sorted(file.stem for file in MASKS.glob("*.safetensors"))
 HOT = 16

@@ -33,7 +33,8 @@ ASK = {"prompt": "The Secretary shall", "max_tokens": 8, "temperature": 0, "igno
 
 needed = ["prometheus", "prometheus-alertmanager"]
 pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, needed)), reason=f"apt-get install {' '.join(needed)}"
+    not all(map(shutil.which, needed)),
+    reason=f"needs Debian's {' and '.join(needed)}, which are not both here",
 )
 
 
