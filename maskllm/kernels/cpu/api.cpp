@@ -132,7 +132,7 @@ size_t element_bytes(Form form) { return form == LANES_F32 ? 4 : form == LANES_I
 
 // One input of a panel of `inputs`. Returns its scale where it becomes int8: NaN, as all its outputs then are, where
 // it is not finite.
-float lay_out(const void* x, int type, const Shape& s, Form form, int inputs, uint8_t* out) {
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) float lay_out(const void* x, int type, const Shape& s, Form form, int inputs, uint8_t* out) {
     const size_t step = 64 * inputs, block_step = COLUMNS * element_bytes(form) * inputs;
     float block[COLUMNS], scale = 1;
     if (form == LANES_INT8) {
@@ -218,12 +218,8 @@ struct Batch {
     }
 };
 
-union Sums {
-    float f32[16 * ROWS];
-    int32_t int32[16 * ROWS];
-};
-
-void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, Sums& sums) {
+// Sums are of four bytes, floats or for int8 integers: ROWS for each input.
+void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, float* sums) {
     const Shape& s = batch.shape;
     const bool fused = panel.part->slot == FUSED;
     const uint8_t* masks[4];
@@ -240,22 +236,22 @@ void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t blo
     }
     const auto inputs = (const uint16_t*)panel.data + block * COLUMNS * panel.inputs;
     kernels->dense_bf16(weight, stride, columns, fused ? masks : nullptr, s.quads * CHUNK * MASK_BYTES, inputs,
-                        panel.inputs, sums.f32);
+                        panel.inputs, sums);
 }
 
 // Some blocks of quad `q` times the same of a panel.
-void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, Sums& sums) {
+void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, float* sums) {
     const Form form = batch.form(*panel.part);
     if (form == NATURAL_BF16) return multiply_dense(batch, panel, q, block, blocks, sums);
     const uint8_t* masks = batch.masks(panel.part->slot, q, block);
     const uint8_t* values = batch.values(panel.part->slot, q, block);
     const uint8_t* inputs = panel.data + block * COLUMNS * panel.inputs * element_bytes(form);
     if (form == LANES_INT8)
-        kernels->sparse_int8(masks, values, blocks, inputs, panel.inputs, sums.int32);
+        kernels->sparse_int8(masks, values, blocks, inputs, panel.inputs, (int32_t*)sums);
     else if (form == LANES_BF16)
-        kernels->sparse_bf16(masks, values, blocks, (const uint16_t*)inputs, panel.inputs, sums.f32);
+        kernels->sparse_bf16(masks, values, blocks, (const uint16_t*)inputs, panel.inputs, sums);
     else
-        kernels->sparse_f32(masks, values, blocks, (const float*)inputs, panel.inputs, sums.f32);
+        kernels->sparse_f32(masks, values, blocks, (const float*)inputs, panel.inputs, sums);
 }
 
 typedef float Floats __attribute__((vector_size(16)));
@@ -276,35 +272,39 @@ Halves to_bf16(Floats value) {
     return __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), Halves);
 }
 
-// Sums of quads to outputs: `sums[i * stride]` is quad `first + i`.
-void write(const Batch& batch, const Panel& panel, size_t first, size_t quads, const float* scales, const Sums* sums,
-           size_t stride) {
+// Sums of quads to outputs: `width` of them for each quad from `first` on.
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void write(const Batch& batch, const Panel& panel, size_t first, size_t quads, const float* scales, const float* sums,
+           size_t width) {
     const bool int8 = batch.form(*panel.part) == LANES_INT8;
     const size_t size = batch.x_type == F32 ? 4 : 2;
     const float* weights = int8 ? (const float*)(batch.slots + panel.part->slot * batch.slot_stride) : nullptr;
-    for (int t = 0; t < panel.rows; t++) {
-        uint8_t* row = (uint8_t*)batch.y + batch.order[panel.first + t] * batch.shape.outs * size;
-        for (size_t i = 0; i < quads; i++) {
-            const size_t n = (first + i) * ROWS, present = std::min(ROWS, batch.shape.outs - n);
-            Floats value;
-            if (int8)
-                value = __builtin_convertvector(load<Ints>(&sums[i * stride].int32[ROWS * t]), Floats) *
-                        (load<Floats>(weights + n) * scales[panel.first + t]);
-            else
-                value = load<Floats>(&sums[i * stride].f32[ROWS * t]);
-            if (batch.bias) {
-                Floats bias = {};
-                std::memcpy(&bias, batch.bias + n, 4 * present);
-                value += bias;
+    constexpr size_t LINE = 16;  // quads whose sums stay in the first cache, while each input gets its whole lines
+    for (size_t begin = 0; begin < quads; begin += LINE)
+        for (int t = 0; t < panel.rows; t++) {
+            uint8_t* row = (uint8_t*)batch.y + batch.order[panel.first + t] * batch.shape.outs * size;
+            for (size_t i = begin; i < std::min(begin + LINE, quads); i++) {
+                const size_t n = (first + i) * ROWS, present = std::min(ROWS, batch.shape.outs - n);
+                const float* sum = &sums[i * width + ROWS * t];
+                Floats value;
+                if (int8)
+                    value = __builtin_convertvector(load<Ints>(sum), Floats) *
+                            (load<Floats>(weights + n) * scales[panel.first + t]);
+                else
+                    value = load<Floats>(sum);
+                if (batch.bias) {
+                    Floats bias = {};
+                    std::memcpy(&bias, batch.bias + n, 4 * present);
+                    value += bias;
+                }
+                const Halves halves = to_bf16(value);
+                if (present < ROWS)
+                    std::memcpy(row + n * size, size == 4 ? (const void*)&value : &halves, present * size);
+                else if (size == 4)
+                    std::memcpy(row + n * size, &value, sizeof value);
+                else
+                    std::memcpy(row + n * size, &halves, sizeof halves);
             }
-            const Halves halves = to_bf16(value);
-            const void* from = batch.x_type == F32 ? (const void*)&value : &halves;
-            if (present == ROWS)
-                std::memcpy(row + n * size, from, ROWS * size);
-            else
-                std::memcpy(row + n * size, from, present * size);
         }
-    }
 }
 
 // Many inputs take turns at the weights of some quads, which with their own part stay in the second cache. A single
@@ -312,7 +312,7 @@ void write(const Batch& batch, const Panel& panel, size_t first, size_t quads, c
 constexpr size_t QUADS_TOGETHER = 64, PANELS_TOGETHER = 8;
 
 void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first_quad, size_t last_quad, const float* scales) {
-    static thread_local std::vector<Sums> sums;
+    static thread_local std::vector<float> sums;
     const Shape& s = batch.shape;
     for (size_t begin = 0, end; begin < panels.size(); begin = end) {
         const Part* part = panels[begin].part;
@@ -321,18 +321,20 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
         // of full chunks are apart by one stride, a last one that is not full stands alone.
         const size_t step = part->slot < 0 ? 4 * CHUNK * (4 / panels[begin].inputs) : CHUNK;
         const size_t full = part->slot == FUSED ? s.blocks / CHUNK * CHUNK : s.blocks;
-        const size_t together = end - begin == 1 ? last_quad - first_quad : QUADS_TOGETHER, stride = end - begin;
-        sums.resize(std::max(sums.size(), together * stride));
+        const size_t together = end - begin == 1 ? last_quad - first_quad : QUADS_TOGETHER;
+        const size_t width = ROWS * panels[begin].inputs;
+        sums.resize(std::max(sums.size(), together * (end - begin) * width));
         for (size_t quad = first_quad; quad < last_quad; quad += together) {
             const size_t quads = std::min(together, last_quad - quad);
-            std::memset(sums.data(), 0, quads * stride * sizeof(Sums));
+            auto of = [&](size_t p, size_t q) { return &sums[((p - begin) * quads + q) * width]; };
+            std::fill_n(sums.data(), quads * (end - begin) * width, 0.f);
             for (size_t block = 0, blocks; block < s.blocks; block += blocks) {
                 blocks = std::min(step, (block < full ? full : s.blocks) - block);
                 for (size_t p = begin; p < end; p++)
                     for (size_t q = 0; q < quads; q++)
-                        multiply(batch, panels[p], quad + q, block, blocks, sums[q * stride + p - begin]);
+                        multiply(batch, panels[p], quad + q, block, blocks, of(p, q));
             }
-            for (size_t p = begin; p < end; p++) write(batch, panels[p], quad, quads, scales, &sums[p - begin], stride);
+            for (size_t p = begin; p < end; p++) write(batch, panels[p], quad, quads, scales, of(p, 0), width);
         }
     }
 }
@@ -379,17 +381,21 @@ void run(const Batch& batch, int threads) {
     for (Panel& panel : panels) panel.data = memory + panel.offset;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
-        for (const Panel& panel : panels) {
-            const Form form = batch.form(*panel.part);
-            if (panel.rows < panel.inputs)
-                std::memset(panel.data, 0, panel.inputs * s.blocks * COLUMNS * element_bytes(form));
-            for (int t = 0; t < panel.rows; t++) {
-                const size_t at = panel.first + t, size = batch.x_type == F32 ? 4 : 2;
-                const void* x = (const uint8_t*)batch.x + batch.order[at] * batch.x_stride * size;
-                scales[at] = lay_out(x, batch.x_type, s, form, panel.inputs, panel.data + 64 * t);
+#pragma omp for collapse(2) schedule(static, 1)
+        for (size_t p = 0; p < panels.size(); p++)
+            for (int t = 0; t < kernels->tile; t++) {
+                const Panel& panel = panels[p];
+                if (t >= panel.inputs) continue;
+                const Form form = batch.form(*panel.part);
+                uint8_t* out = panel.data + 64 * t;
+                if (t < panel.rows) {
+                    const size_t at = panel.first + t, size = batch.x_type == F32 ? 4 : 2;
+                    const void* x = (const uint8_t*)batch.x + batch.order[at] * batch.x_stride * size;
+                    scales[at] = lay_out(x, batch.x_type, s, form, panel.inputs, out);
+                } else
+                    for (size_t byte = 0; byte < s.blocks * COLUMNS * element_bytes(form); byte += 64)
+                        std::memset(out + byte * panel.inputs, 0, 64);
             }
-        }
         const size_t thread = omp_get_thread_num(), count = omp_get_num_threads();
         multiply(batch, panels, s.quads * thread / count, s.quads * (thread + 1) / count, scales);
     }

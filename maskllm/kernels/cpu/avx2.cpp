@@ -39,7 +39,7 @@ struct Avx2 {
     }
 
     static I zero_int() { return _mm256_setzero_si256(); }
-    static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+    static I add(I a, I b) { return _mm256_add_epi32(a, b); }
     // |w| * (x with the sign of w): a pair is at most 2 * 127 * 127, which an int16 holds.
     static I dot(I sum, I x, I weights) {
         const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
@@ -53,7 +53,7 @@ struct Avx2 {
         return _mm256_add_epi8(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)),
                                _mm256_set1_epi32(half ? 0x0c0c0808 : 0x04040000));
     }
-    static void add_rows_int(I sum, int32_t* out) {
+    static void add_rows(I sum, int32_t* out) {
         __m128i rows = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
         _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm_loadu_si128((__m128i*)out), rows));
     }

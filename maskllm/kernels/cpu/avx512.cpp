@@ -41,7 +41,7 @@ struct Avx512 {
 
     static I zero_int() { return _mm512_setzero_si512(); }
     static I ones() { return _mm512_set1_epi8(1); }
-    static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+    static I add(I a, I b) { return _mm512_add_epi32(a, b); }
     static I dot(I sum, I x, I weights) { return _mm512_dpbusd_epi32(sum, x, weights); }
     static I permute_bytes(I x, I where) { return _mm512_shuffle_epi8(x, where); }
     static I select_bytes(I mask, int shift, int half) {
@@ -55,10 +55,23 @@ struct Avx512 {
         return _mm512_or_si512(low, high);
     }
     static I minus_128(I sum, I weights) { return _mm512_sub_epi32(sum, _mm512_slli_epi32(weights, 7)); }
-    static void add_rows_int(I sum, int32_t* out) {
+    static void add_rows(I sum, int32_t* out) {
         __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti32x8_epi32(sum, 1));
         __m128i rows = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
         _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm_loadu_si128((__m128i*)out), rows));
+    }
+
+    // Lane i of the result adds the lanes of the i-th sum.
+    template <class Sum>
+    static Sum add_lanes(const Sum* sums) {
+        auto fold = [](Sum a, Sum b) {
+            return add(Sum(_mm512_shuffle_f32x4(F(a), F(b), 0x88)), Sum(_mm512_shuffle_f32x4(F(a), F(b), 0xdd)));
+        };
+        return fold(fold(sums[0], sums[1]), fold(sums[2], sums[3]));
+    }
+    template <class Sum>
+    static void add_rows_of_four(const Sum* sums, void* out) {
+        _mm512_storeu_si512(out, I(add(Sum(_mm512_loadu_si512(out)), add_lanes(sums))));
     }
 };
 
@@ -77,7 +90,9 @@ inline void sparse_bf16_tile(const uint8_t* masks, const uint8_t* values, size_t
     };
     const __m512i even = table(0), odd = table(8);  // two vectors share a lane's 16 bytes of inputs
     __m512 sum[SUMS][T];
+#pragma GCC unroll 4
     for (auto& sums : sum)
+#pragma GCC unroll 16
         for (auto& s : sums) s = _mm512_setzero_ps();
     for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
         prefetch(masks, values, BF16_BYTES);
@@ -91,15 +106,16 @@ inline void sparse_bf16_tile(const uint8_t* masks, const uint8_t* values, size_t
 #pragma GCC unroll 16
             for (int t = 0; t < T; t++) {
                 __m512i inputs = _mm512_loadu_si512(panel + 32 * (jj * T + t));
-                asm("" : "+v"(inputs));  // or gcc loads it twice
+                HOLD(inputs);
                 sum[0][t] = _mm512_dpbf16_ps(sum[0][t], (__m512bh)_mm512_shuffle_epi8(inputs, w0), (__m512bh)v0);
                 sum[SUMS - 1][t] =
                     _mm512_dpbf16_ps(sum[SUMS - 1][t], (__m512bh)_mm512_shuffle_epi8(inputs, w1), (__m512bh)v1);
             }
         }
     }
-    for (int t = 0; t < T; t++)
-        Avx512::add_rows(SUMS == 1 ? sum[0][t] : _mm512_add_ps(sum[0][t], sum[SUMS - 1][t]), out + 4 * t);
+#pragma GCC unroll 16
+    for (int t = 0; SUMS > 1 && t < T; t++) sum[0][t] = Avx512::add(sum[0][t], sum[SUMS - 1][t]);
+    add_rows<Avx512>(sum[0], out);
 }
 
 void sparse_bf16(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint16_t* panel, int inputs, float* out) {
@@ -117,7 +133,9 @@ template <int T, bool MASKED>
 inline void dense_bf16_tile(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
                             size_t mask_stride, const uint16_t* panel, float* out) {
     __m512 sum[4][T];
+#pragma GCC unroll 4
     for (auto& sums : sum)
+#pragma GCC unroll 16
         for (auto& s : sums) s = _mm512_setzero_ps();
     auto step = [&](const __m512i(&w)[4], size_t c) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -156,8 +174,14 @@ inline void dense_bf16_tile(const uint16_t* weight, size_t weight_stride, size_t
         for (int r = 0; r < 4; r++) w[r] = _mm512_maskz_loadu_epi16((1u << (columns - c)) - 1, rows[r] + c);
         step(w, c);
     }
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < 4; r++) out[4 * t + r] += _mm512_reduce_add_ps(sum[r][t]);
+    __m512 lanes[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {  // dword r of each lane: what the lane holds of row r
+        auto pairs = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+        const __m512d low = (__m512d)pairs(sum[0][t], sum[1][t]), high = (__m512d)pairs(sum[2][t], sum[3][t]);
+        lanes[t] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(low, high), (__m512)_mm512_unpackhi_pd(low, high));
+    }
+    add_rows<Avx512>(lanes, out);
 }
 
 template <bool MASKED>

@@ -41,7 +41,7 @@ struct Neon {
     static void add_rows(F sum, float* out) { vst1q_f32(out, vaddq_f32(vld1q_f32(out), sum)); }
 
     static I zero_int() { return vdupq_n_s32(0); }
-    static I add_int(I a, I b) { return vaddq_s32(a, b); }
+    static I add(I a, I b) { return vaddq_s32(a, b); }
     static I dot(I sum, I x, I weights) {
         const int8x16_t a = vreinterpretq_s8_s32(x), b = vreinterpretq_s8_s32(weights);
         const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
@@ -55,7 +55,7 @@ struct Neon {
         const uint8x16_t at = vbslq_u8(odd, look_up(SECOND, first), look_up(FIRST, first));
         return vaddq_u8(at, vreinterpretq_u8_u32(vdupq_n_u32(half ? 0x0c0c0808 : 0x04040000)));
     }
-    static void add_rows_int(I sum, int32_t* out) { vst1q_s32(out, vaddq_s32(vld1q_s32(out), sum)); }
+    static void add_rows(I sum, int32_t* out) { vst1q_s32(out, vaddq_s32(vld1q_s32(out), sum)); }
 };
 
 }  // namespace

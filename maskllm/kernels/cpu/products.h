@@ -1,15 +1,33 @@
 // Sparse products for any instruction set `V`, which names its vectors and what they can do.
 //
 // V::F and V::I are vectors of V::WIDTH floats and as many int32; 64 bytes are 16 / WIDTH of them. In each 128-bit
-// lane V::select turns mask nibbles into two permutations, of a group's first and second kept column.
+// lane V::select turns mask nibbles into two permutations, of a group's first and second kept column. V::add_rows adds
+// what the lanes of a sum hold of each row; vectors of 64 bytes do so for four inputs at once.
 #pragma once
 #include "layout.h"
 
 namespace maskllm {
 
+// Hold a vector in a register: gcc would load it again for each use.
+#if defined(__aarch64__)
+#define HOLD(vector) asm("" : "+w"(vector))
+#else
+#define HOLD(vector) asm("" : "+v"(vector))
+#endif
+
 static inline void prefetch(const uint8_t* masks, const uint8_t* values, size_t bytes) {
     __builtin_prefetch(masks + PREFETCH / 8);
     for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + PREFETCH + line);
+}
+
+template <class V, int T, class Sum, class Out>
+inline void add_rows(const Sum (&sums)[T], Out* out) {
+    if constexpr (V::WIDTH == 16 && T % 4 == 0)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t += 4) V::add_rows_of_four(sums + t, out + 4 * t);
+    else
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) V::add_rows(sums[t], out + 4 * t);
 }
 
 // One quad with T inputs of fp32. Few inputs use two sums each, as a chain of additions would wait on itself.
@@ -18,7 +36,9 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
                             float* out) {
     constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T >= 8 ? 1 : 2;
     typename V::F sum[SUMS][T];
+#pragma GCC unroll 2
     for (auto& sums : sum)
+#pragma GCC unroll 16
         for (auto& s : sums) s = V::zero();
     for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
         prefetch(masks, values, BF16_BYTES);
@@ -39,8 +59,9 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
                 }
             }
     }
-    for (int t = 0; t < T; t++)
-        V::add_rows(SUMS == 1 ? sum[0][t] : V::add(sum[0][t], sum[SUMS - 1][t]), out + 4 * t);
+#pragma GCC unroll 16
+    for (int t = 0; SUMS > 1 && t < T; t++) sum[0][t] = V::add(sum[0][t], sum[SUMS - 1][t]);
+    add_rows<V>(sum[0], out);
 }
 
 template <class V>
@@ -60,31 +81,37 @@ inline void sparse_int8_tile(const uint8_t* masks, const uint8_t* values, size_t
                              int32_t* out) {
     constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T >= 8 ? 1 : 2;
     typename V::I sum[SUMS][T], weights = V::zero_int();
+#pragma GCC unroll 2
     for (auto& sums : sum)
+#pragma GCC unroll 16
         for (auto& s : sums) s = V::zero_int();
     for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += INT8_BYTES, panel += T * COLUMNS) {
         prefetch(masks, values, INT8_BYTES);
         typename V::I mask[PARTS];
         for (int p = 0; p < PARTS; p++) mask[p] = V::load(masks + 4 * W * p);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
+#pragma GCC unroll 2
+        for (int jj = 0; jj < 2; jj++)  // two vectors share 16 bytes of inputs in each lane
 #pragma GCC unroll 4
             for (int p = 0; p < PARTS; p++) {
-                auto kept = V::load(values + 64 * j + 4 * W * p);
-                auto where = V::select_bytes(mask[p], 8 * j, j % 2);
-                if constexpr (V::UNSIGNED) weights = V::dot(weights, V::ones(), kept);
+                const uint8_t* at = values + 128 * jj + 4 * W * p;
+                const auto kept0 = V::load(at), kept1 = V::load(at + 64);
+                const auto where0 = V::select_bytes(mask[p], 16 * jj, 0), where1 = V::select_bytes(mask[p], 16 * jj + 8, 1);
+                if constexpr (V::UNSIGNED) weights = V::dot(V::dot(weights, V::ones(), kept0), V::ones(), kept1);
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
-                    auto inputs = V::load(panel + 64 * (j / 2 * T + t) + 4 * W * p);
-                    sum[j % SUMS][t] = V::dot(sum[j % SUMS][t], V::permute_bytes(inputs, where), kept);
+                    auto inputs = V::load(panel + 64 * (jj * T + t) + 4 * W * p);
+                    HOLD(inputs);
+                    sum[0][t] = V::dot(sum[0][t], V::permute_bytes(inputs, where0), kept0);
+                    sum[SUMS - 1][t] = V::dot(sum[SUMS - 1][t], V::permute_bytes(inputs, where1), kept1);
                 }
             }
     }
+#pragma GCC unroll 16
     for (int t = 0; t < T; t++) {
-        auto all = SUMS == 1 ? sum[0][t] : V::add_int(sum[0][t], sum[SUMS - 1][t]);
-        if constexpr (V::UNSIGNED) all = V::minus_128(all, weights);
-        V::add_rows_int(all, out + 4 * t);
+        if constexpr (SUMS > 1) sum[0][t] = V::add(sum[0][t], sum[SUMS - 1][t]);
+        if constexpr (V::UNSIGNED) sum[0][t] = V::minus_128(sum[0][t], weights);
     }
+    add_rows<V>(sum[0], out);
 }
 
 template <class V>
