@@ -110,7 +110,8 @@ def linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Te
         return linear(x.float(), weight, slots, row_slots, offset).to(x.dtype)
     _contiguous(weight)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    row_slots = row_slots.to(torch.int32).contiguous()  # as they are, as a rule
+    if row_slots.dtype != torch.int32 or not row_slots.is_contiguous():
+        row_slots = row_slots.to(torch.int32).contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
     offset = bias.float() if bias is not None else None
     left = _library().maskllm_multiply(

@@ -98,7 +98,7 @@ def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
         (cpu if slots.device.type == "cpu" else gpu).fill(slots, slot, weight, packed)
 
 
-def _masked_linear(
+def multiply(
     x: Tensor,
     weight: Tensor,
     slots: Tensor,
@@ -106,6 +106,7 @@ def _masked_linear(
     bias: Tensor | None,
     present: list[int] | None = None,
 ) -> Tensor:
+    """`masked_linear` for who needs no operator of torch: one is 5 us."""
     if slots.dtype == torch.bool:
         return reference(x, weight, slots, row_slots, bias)
     if slots.device.type == "cpu":
@@ -132,7 +133,7 @@ torch.library.define(
     "maskllm::masked_linear",
     "(Tensor x, Tensor weight, Tensor slots, Tensor row_slots, Tensor? bias, int[]? present=None) -> Tensor",
 )
-torch.library.impl("maskllm::masked_linear", ["CPU", "CUDA"], _masked_linear)
+torch.library.impl("maskllm::masked_linear", ["CPU", "CUDA"], multiply)
 
 
 def _fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:

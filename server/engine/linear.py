@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from maskllm.kernels import cpu
-from maskllm.kernels.masked_linear import bf16_on_cpu, masked_linear
+from maskllm.kernels.masked_linear import bf16_on_cpu, multiply
 
 NAME = "maskllm"
 
@@ -62,7 +62,11 @@ class MaskedLinearMethod(UnquantizedLinearMethod):
     """
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Keep the raw weight: on CPU vLLM would replace it by a packed copy."""
+        """Keep the raw weight, which vLLM on CPU would replace by a packed copy.
+
+        As torch's own parameter: each use of vLLM's, a subclass with `__torch_function__`, takes 3 us.
+        """
+        layer.weight = nn.Parameter(layer.get_parameter("weight").data, requires_grad=False)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.ops.maskllm.layer(x, layer.weight, layer.slots, bias)
@@ -83,13 +87,14 @@ def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Ten
 
     An operator of its own, as a compiled graph sees nothing of `row_slots`, which it would freeze.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if row_slots is None or rows.shape[0] < row_slots.shape[0]:  # or these are not the step's tokens
         return functional.linear(x, weight, bias)
     padding = rows.shape[0] - row_slots.shape[0]
     # Rows past the step's own repeat its last slot, or they would add one to what a kernel reads.
     padded = torch.cat([row_slots, row_slots[-1:].expand(padding)]) if padding else row_slots
-    return masked_linear(rows, weight, slots, padded, bias, present).view(*x.shape[:-1], -1)
+    out = multiply(rows, weight, slots, padded, bias, present)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
 
 def _shape(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001

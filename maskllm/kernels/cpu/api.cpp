@@ -14,6 +14,13 @@
 
 #include "layout.h"
 
+// A function that the compiler builds for each of these and the loader chooses from.
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
 namespace maskllm {
 namespace {
 
@@ -132,7 +139,7 @@ size_t element_bytes(Form form) { return form == LANES_F32 ? 4 : form == LANES_I
 
 // One input of a panel of `inputs`. Returns its scale where it becomes int8: NaN, as all its outputs then are, where
 // it is not finite.
-__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) float lay_out(const void* x, int type, const Shape& s, Form form, int inputs, uint8_t* out) {
+CLONES float lay_out(const void* x, int type, const Shape& s, Form form, int inputs, uint8_t* out) {
     const size_t step = 64 * inputs, block_step = COLUMNS * element_bytes(form) * inputs;
     float block[COLUMNS], scale = 1;
     if (form == LANES_INT8) {
@@ -273,7 +280,7 @@ Halves to_bf16(Floats value) {
 }
 
 // Sums of quads to outputs: `width` of them for each quad from `first` on.
-__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void write(const Batch& batch, const Panel& panel, size_t first, size_t quads, const float* scales, const float* sums,
+CLONES void write(const Batch& batch, const Panel& panel, size_t first, size_t quads, const float* scales, const float* sums,
            size_t width) {
     const bool int8 = batch.form(*panel.part) == LANES_INT8;
     const size_t size = batch.x_type == F32 ? 4 : 2;
@@ -307,8 +314,8 @@ __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) vo
         }
 }
 
-// Many inputs take turns at the weights of some quads, which with their own part stay in the second cache. A single
-// panel takes all quads at once: one stream.
+// Many inputs take turns at the weights of some quads, which with their own part stay in the second cache; at those of
+// one quad where rows are dense, which stay in the first. A single panel takes all quads at once: one stream.
 constexpr size_t QUADS_TOGETHER = 64, PANELS_TOGETHER = 8;
 
 void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first_quad, size_t last_quad, const float* scales) {
@@ -321,7 +328,8 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
         // of full chunks are apart by one stride, a last one that is not full stands alone.
         const size_t step = part->slot < 0 ? 4 * CHUNK * (4 / panels[begin].inputs) : CHUNK;
         const size_t full = part->slot == FUSED ? s.blocks / CHUNK * CHUNK : s.blocks;
-        const size_t together = end - begin == 1 ? last_quad - first_quad : QUADS_TOGETHER;
+        const size_t all = last_quad - first_quad;
+        const size_t together = end - begin == 1 ? all : part->slot < 0 ? 1 : QUADS_TOGETHER;
         const size_t width = ROWS * panels[begin].inputs;
         sums.resize(std::max(sums.size(), together * (end - begin) * width));
         for (size_t quad = first_quad; quad < last_quad; quad += together) {
