@@ -88,6 +88,9 @@ inline void sparse_bf16_tile(const uint8_t* masks, const uint8_t* values, size_t
         return _mm512_broadcast_i64x4(_mm256_setr_epi32(entry(0, at), entry(1, at), entry(2, at), entry(3, at),
                                                        entry(4, at), entry(5, at), entry(6, at), 0));
     };
+    auto multiply = [](__m512 sum, __m512i inputs, __m512i where, __m512i kept) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_shuffle_epi8(inputs, where), (__m512bh)kept);
+    };
     const __m512i even = table(0), odd = table(8);  // two vectors share a lane's 16 bytes of inputs
     __m512 sum[SUMS][T];
 #pragma GCC unroll 4
@@ -103,13 +106,18 @@ inline void sparse_bf16_tile(const uint8_t* masks, const uint8_t* values, size_t
             const __m512i v1 = _mm512_loadu_si512(values + 128 * jj + 64);
             const __m512i w0 = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, 8 * jj), even);
             const __m512i w1 = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, 8 * jj + 4), odd);
+            constexpr int TURN = T < 4 ? T : 4;  // inputs between a sum's first product and its second
 #pragma GCC unroll 16
-            for (int t = 0; t < T; t++) {
-                __m512i inputs = _mm512_loadu_si512(panel + 32 * (jj * T + t));
-                HOLD(inputs);
-                sum[0][t] = _mm512_dpbf16_ps(sum[0][t], (__m512bh)_mm512_shuffle_epi8(inputs, w0), (__m512bh)v0);
-                sum[SUMS - 1][t] =
-                    _mm512_dpbf16_ps(sum[SUMS - 1][t], (__m512bh)_mm512_shuffle_epi8(inputs, w1), (__m512bh)v1);
+            for (int t = 0; t < T; t += TURN) {
+                __m512i inputs[TURN];
+#pragma GCC unroll 4
+                for (int i = 0; i < TURN; i++) {
+                    inputs[i] = _mm512_loadu_si512(panel + 32 * (jj * T + t + i));
+                    HOLD(inputs[i]);
+                    sum[0][t + i] = multiply(sum[0][t + i], inputs[i], w0, v0);
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < TURN; i++) sum[SUMS - 1][t + i] = multiply(sum[SUMS - 1][t + i], inputs[i], w1, v1);
             }
         }
     }
