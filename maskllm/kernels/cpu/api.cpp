@@ -261,10 +261,13 @@ void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, si
         kernels->sparse_f32(masks, values, blocks, (const float*)inputs, panel.inputs, sums);
 }
 
-typedef float Floats __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(16)));
-typedef uint32_t Bits __attribute__((vector_size(16)));
-typedef uint16_t Halves __attribute__((vector_size(8)));
+// Sixteen outputs, of four quads.
+constexpr size_t OUTS = 4 * ROWS;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Quad __attribute__((vector_size(16)));
 
 template <class T>
 T load(const void* at) {
@@ -279,39 +282,34 @@ Halves to_bf16(Floats value) {
     return __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), Halves);
 }
 
-// Sums of quads to outputs: `width` of them for each quad from `first` on.
+// Sums of quads to outputs: `width` of them for each quad from `first` on, and memory to read past the last.
 CLONES void write(const Batch& batch, const Panel& panel, size_t first, size_t quads, const float* scales, const float* sums,
-           size_t width) {
+                  size_t width) {
     const bool int8 = batch.form(*panel.part) == LANES_INT8;
-    const size_t size = batch.x_type == F32 ? 4 : 2;
+    const size_t size = batch.x_type == F32 ? 4 : 2, end = std::min((first + quads) * ROWS, batch.shape.outs);
     const float* weights = int8 ? (const float*)(batch.slots + panel.part->slot * batch.slot_stride) : nullptr;
-    constexpr size_t LINE = 16;  // quads whose sums stay in the first cache, while each input gets its whole lines
-    for (size_t begin = 0; begin < quads; begin += LINE)
+    for (size_t n = first * ROWS; n < end; n += OUTS, sums += 4 * width) {
+        const size_t count = std::min(OUTS, end - n);
+        Floats bias = {};
+        if (batch.bias) std::memcpy(&bias, batch.bias + n, 4 * count);
         for (int t = 0; t < panel.rows; t++) {
-            uint8_t* row = (uint8_t*)batch.y + batch.order[panel.first + t] * batch.shape.outs * size;
-            for (size_t i = begin; i < std::min(begin + LINE, quads); i++) {
-                const size_t n = (first + i) * ROWS, present = std::min(ROWS, batch.shape.outs - n);
-                const float* sum = &sums[i * width + ROWS * t];
-                Floats value;
-                if (int8)
-                    value = __builtin_convertvector(load<Ints>(sum), Floats) *
-                            (load<Floats>(weights + n) * scales[panel.first + t]);
-                else
-                    value = load<Floats>(sum);
-                if (batch.bias) {
-                    Floats bias = {};
-                    std::memcpy(&bias, batch.bias + n, 4 * present);
-                    value += bias;
-                }
-                const Halves halves = to_bf16(value);
-                if (present < ROWS)
-                    std::memcpy(row + n * size, size == 4 ? (const void*)&value : &halves, present * size);
-                else if (size == 4)
-                    std::memcpy(row + n * size, &value, sizeof value);
-                else
-                    std::memcpy(row + n * size, &halves, sizeof halves);
-            }
+            auto pair = [&](size_t quad) {
+                const float* sum = sums + quad * width + ROWS * t;
+                return __builtin_shufflevector(load<Quad>(sum), load<Quad>(sum + width), 0, 1, 2, 3, 4, 5, 6, 7);
+            };
+            Floats value = __builtin_shufflevector(pair(0), pair(2), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            if (int8) value = __builtin_convertvector((Ints)value, Floats) * (load<Floats>(weights + n) * scales[panel.first + t]);
+            value += bias;
+            const Halves halves = to_bf16(value);
+            uint8_t* out = (uint8_t*)batch.y + (batch.order[panel.first + t] * batch.shape.outs + n) * size;
+            if (count < OUTS)
+                std::memcpy(out, size == 4 ? (const void*)&value : &halves, count * size);
+            else if (size == 4)
+                std::memcpy(out, &value, sizeof value);
+            else
+                std::memcpy(out, &halves, sizeof halves);
         }
+    }
 }
 
 // Many inputs take turns at the weights of some quads, which with their own part stay in the second cache; at those of
@@ -331,7 +329,7 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
         const size_t all = last_quad - first_quad;
         const size_t together = end - begin == 1 ? all : part->slot < 0 ? 1 : QUADS_TOGETHER;
         const size_t width = ROWS * panels[begin].inputs;
-        sums.resize(std::max(sums.size(), together * (end - begin) * width));
+        sums.resize(std::max(sums.size(), (together * (end - begin) + 3) * width));  // and what `write` reads past them
         for (size_t quad = first_quad; quad < last_quad; quad += together) {
             const size_t quads = std::min(together, last_quad - quad);
             auto of = [&](size_t p, size_t q) { return &sums[((p - begin) * quads + q) * width]; };
