@@ -67,8 +67,8 @@ std::vector<const Kernels*> available() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool ice_lake = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
-                          __builtin_cpu_supports("avx512vnni");
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+                          __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
     if (ice_lake && __builtin_cpu_supports("avx512bf16")) all.push_back(avx512_bf16());
     if (ice_lake) all.push_back(avx512());
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(avx2());
@@ -88,15 +88,16 @@ struct Shape {
 };
 
 // A slot: scales where it is int8, mask bits, values.
+size_t chunk(int type) { return type == INT8 ? 2 * CHUNK : CHUNK; }
 size_t value_bytes(int type) { return type == INT8 ? INT8_BYTES : BF16_BYTES; }
 size_t masks_at(const Shape& s, int type) { return type == INT8 ? ceil_div(s.quads * ROWS * 4, 64) * 64 : 0; }
 size_t values_at(const Shape& s, int type) { return masks_at(s, type) + s.quads * s.blocks * MASK_BYTES; }
 size_t slot_bytes(const Shape& s, int type) { return values_at(s, type) + s.quads * s.blocks * value_bytes(type); }
 
 // Which block of a slot it is.
-size_t place(const Shape& s, size_t quad, size_t block) {
-    const size_t chunk = block / CHUNK * CHUNK;
-    return chunk * s.quads + quad * std::min(CHUNK, s.blocks - chunk) + block - chunk;
+size_t place(const Shape& s, int type, size_t quad, size_t block) {
+    const size_t blocks = chunk(type), begin = block / blocks * blocks;
+    return begin * s.quads + quad * std::min(blocks, s.blocks - begin) + block - begin;
 }
 
 // Memory that is kept from call to call, on a cache line.
@@ -218,10 +219,10 @@ struct Batch {
         return x_type == BF16 && kernels->sparse_bf16 ? LANES_BF16 : LANES_F32;
     }
     const uint8_t* masks(int slot, size_t q, size_t block) const {
-        return slots + slot * slot_stride + masks_at(shape, slot_type) + place(shape, q, block) * MASK_BYTES;
+        return slots + slot * slot_stride + masks_at(shape, slot_type) + place(shape, slot_type, q, block) * MASK_BYTES;
     }
     const uint8_t* values(int slot, size_t q, size_t block) const {
-        return slots + slot * slot_stride + values_at(shape, slot_type) + place(shape, q, block) * value_bytes(slot_type);
+        return slots + slot * slot_stride + values_at(shape, slot_type) + place(shape, slot_type, q, block) * value_bytes(slot_type);
     }
 };
 
@@ -324,7 +325,7 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
         for (end = begin; end < panels.size() && end - begin < PANELS_TOGETHER && panels[end].part == part;) end++;
         // The dense weight has no chunks: the fewer inputs there are, the longer the rows that are read at once. Masks
         // of full chunks are apart by one stride, a last one that is not full stands alone.
-        const size_t step = part->slot < 0 ? 4 * CHUNK * (4 / panels[begin].inputs) : CHUNK;
+        const size_t step = part->slot < 0 ? 4 * CHUNK * (4 / panels[begin].inputs) : chunk(batch.slot_type);
         const size_t full = part->slot == FUSED ? s.blocks / CHUNK * CHUNK : s.blocks;
         const size_t all = last_quad - first_quad;
         const size_t together = end - begin == 1 ? all : part->slot < 0 ? 1 : QUADS_TOGETHER;
@@ -498,7 +499,7 @@ void maskllm_fill(uint8_t* slot, int slot_type, const void* weight, int weight_t
                     kernels->fill_int8(dense, stride, inverse, bits, kept);
                 else
                     kernels->fill_bf16(dense, stride, bits, kept);
-                const size_t at = place(s, q, b);
+                const size_t at = place(s, slot_type, q, b);
                 stream(masks + at * MASK_BYTES, bits, MASK_BYTES);
                 stream(values + at * value_bytes(slot_type), kept, value_bytes(slot_type));
             }

@@ -1,8 +1,8 @@
 // How a resident 2:4 mask lies in memory, and what an instruction set must offer to multiply by it.
 //
-// A *quad* is 4 rows of the weight, a *block* a quad's 128 columns, a *chunk* 4 blocks. Chunks of columns follow each
-// other, in a chunk its quads, in a quad its blocks: a product reads streams, and meanwhile the inputs of a chunk stay
-// in the first cache (2x at 4 inputs). A slot has two such streams, of mask bits and of kept values. In a block:
+// A *quad* is 4 rows of the weight, a *block* a quad's 128 columns, a *chunk* 4 blocks, or 8 of int8. Chunks of columns
+// follow each other, in a chunk its quads, in a quad its blocks: a product reads streams, and meanwhile the inputs of a
+// chunk stay in the first cache (2x at 4 inputs). A slot has two such streams, of mask bits and of kept values. In a block:
 //
 //   mask    16 dwords; dword 4 l + r has bit c set where row r keeps column 32 l + c
 //   bf16    8 vectors of 64 bytes; dword 4 l + r of vector j holds the two kept values of row r, group 8 l + j
