@@ -328,9 +328,12 @@ async def opened(soak: Soak, seconds: float, rate: float) -> None:
 
 
 async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    """At that pace, or without a pause where the work takes longer."""
+    due = time.monotonic()
     while True:
         await work()
-        await asyncio.sleep(seconds)
+        due = max(due + seconds, time.monotonic())
+        await asyncio.sleep(due - time.monotonic())
 
 
 async def republish(soak: Soak) -> None:

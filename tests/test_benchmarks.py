@@ -13,22 +13,18 @@ from serving import Swaps  # noqa: E402
 from soak import RIGHT, TIE, WRONG, Answer, Ask, Reference, Soak, judge, prove  # noqa: E402
 
 KNOWN_MISSES = {
-    # At 4 rows torch reads bf16 at half the speed of memory, so that 9 bits instead of 16 can give 2.9.
-    "kernels: 4096 x 4096, 4 | x torch": 2.0,
-    "kernels: 11008 x 4096, 4 | x torch": 2.0,
-    "kernels: 4096 x 11008, 4 | x torch": 2.0,
-    "kernels: 768 x 768, 4 | x torch": 2.0,
-    "kernels: 768 x 768, 4 | x own dense": 1.3,
+    # At 4 rows torch reads bf16 at half the speed of memory, so that 9 bits instead of 16 can give 2.9 to 4.
+    "kernels: 4096 x 4096, 4 | x torch": 2.9,
+    "kernels: 11008 x 4096, 4 | x torch": 2.9,
+    "kernels: 768 x 768, 4 | x torch": 2.4,
     # torch's int8 reads 8 bits at the speed of memory, ours 5: 1.6.
     "kernels: 11008 x 4096, 1 | x torch int8": 1.6,
-    "kernels: 4096 x 11008, 1 | x torch int8": 1.6,
-    # Plain vLLM's bf16 steps are within 1.2 to 2 of reading every weight once.
-    "end-to-end: batch 1 | bf16 slots, times": 1.4,
-    "end-to-end: batch 1 | int8 slots, times": 1.7,
-    "end-to-end: batch 4 | bf16 slots, times": 1.1,
-    "end-to-end: batch 4 | int8 slots, times": 1.3,
-    "end-to-end: batch 16 | bf16 slots, times": 1.0,
-    "end-to-end: batch 16 | int8 slots, times": 1.1,
+    # Plain vLLM's bf16 steps are within 1.2 to 1.5 of reading every weight once, and what is no weight, 5 ms of
+    # ours at 4 rows, does not shrink.
+    "end-to-end: batch 1 | bf16 slots, times": 1.6,
+    "end-to-end: batch 4 | bf16 slots, times": 1.3,
+    "end-to-end: batch 4 | int8 slots, times": 1.7,
+    "end-to-end: batch 16 | bf16 slots, times": 1.2,
     # Measured on one core, which the API and the engine shared: a millisecond a request, of which the engine
     # for a model of 5.8 M needs 17.
     "overhead: tokens/s, 16 at a time | ours / bare": 0.92,
