@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -212,20 +212,20 @@ async def admin(caller: Annotated[Caller, Depends(use)]) -> None:
         raise NotAllowed(f"this needs the role admin, and key {caller.key.id!r} has the role use")
 
 
-class Turn(ExitStack):
-    """A caller's request; closed when its answer is out to the last byte, or the client is gone."""
+class Turn:
+    """A caller's request, and what it holds until all of its answer is out, or the client gone."""
 
-    def __init__(self, caller: Caller) -> None:
-        super().__init__()
+    def __init__(self, caller: Caller, held: ExitStack) -> None:
         self.caller = caller
+        self.held = held
 
 
-async def turn(request: Request, caller: Annotated[Caller, Depends(use)]) -> AsyncIterator[Turn]:
-    """The turn of a route that computes, whose request is in flight until it is closed."""
+async def turn(request: Request, caller: Annotated[Caller, Depends(use)]) -> Turn:
+    """The turn of a route that computes. Raises RateLimited or Overloaded where it cannot be had now."""
     access: Access = request.app.state.access
-    with Turn(caller) as turn:
-        turn.enter_context(access.turn(caller))
-        yield turn
+    held: ExitStack = request.scope["held"]
+    held.enter_context(access.turn(caller))
+    return Turn(caller, held)
 
 
 User = Annotated[Caller, Depends(use)]

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
@@ -42,6 +42,8 @@ from server.strict import StrictRoute, refuse_loose
 
 UNKNOWN = "unknown"
 """The mask label of requests whose mask does not exist: names that users invent are no labels."""
+JSONBody = Annotated[None, Depends(validate_json_request)]
+"""After the turn in a route's parameters: who has no key is told so first."""
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
@@ -102,7 +104,7 @@ async def create_app(
                 with ExitStack() as using:
                     using.enter_context(masks.using(mask))  # no await since `resolve`
                     if await masks.ready(mask):
-                        turn.push(using.pop_all())
+                        turn.held.push(using.pop_all())
                         break
                 name = UNKNOWN  # replaced or removed meanwhile, and forgotten in the metrics
             name = mask.name if mask else DENSE
@@ -119,25 +121,23 @@ async def create_app(
             response.headers["X-Mask"] = mask.label if mask else DENSE
         return response
 
-    body = [Depends(use), Depends(validate_json_request)]
-
     @app.post(
         "/v1/completions",
-        dependencies=body,
         responses={200: {"model": CompletionResponse, "content": STREAM}},
         openapi_extra=MASK_PARAMETERS,
     )
-    async def completions(request: CompletionRequest, raw_request: Request, turn: UserTurn) -> Response:
+    async def completions(
+        turn: UserTurn, _: JSONBody, request: CompletionRequest, raw_request: Request
+    ) -> Response:
         return await respond(request, raw_request, turn)
 
     @app.post(
         "/v1/chat/completions",
-        dependencies=body,
         responses={200: {"model": ChatCompletionResponse, "content": STREAM}},
         openapi_extra=MASK_PARAMETERS,
     )
     async def chat_completions(
-        request: ChatCompletionRequest, raw_request: Request, turn: UserTurn
+        turn: UserTurn, _: JSONBody, request: ChatCompletionRequest, raw_request: Request
     ) -> Response:
         return await respond(request, raw_request, turn)
 
@@ -150,14 +150,18 @@ async def create_app(
         masks.names.resolve(request.model, may_use=caller.may_use)
         request.model = masks.base_name
 
-    @app.post("/tokenize", dependencies=body, responses={200: {"model": TokenizeResponse}})
-    async def tokenize(request: TokenizeRequest, raw_request: Request, turn: UserTurn) -> Response:
+    @app.post("/tokenize", responses={200: {"model": TokenizeResponse}})
+    async def tokenize(
+        turn: UserTurn, _: JSONBody, request: TokenizeRequest, raw_request: Request
+    ) -> Response:
         await as_base(request, raw_request, turn.caller)
         response: Response = await tokens_of_text(request, raw_request)
         return response
 
-    @app.post("/detokenize", dependencies=body, responses={200: {"model": DetokenizeResponse}})
-    async def detokenize(request: DetokenizeRequest, raw_request: Request, turn: UserTurn) -> Response:
+    @app.post("/detokenize", responses={200: {"model": DetokenizeResponse}})
+    async def detokenize(
+        turn: UserTurn, _: JSONBody, request: DetokenizeRequest, raw_request: Request
+    ) -> Response:
         await as_base(request, raw_request, turn.caller)
         response: Response = await text_of_tokens(request, raw_request)
         return response

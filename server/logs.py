@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -62,7 +63,8 @@ def write_to(file: Path | None) -> None:
 class RequestLog:
     """ASGI middleware, as a request that cannot even be parsed has an id and a line, too.
 
-    Routes that need no key, which are polled, are logged only where they fail.
+    What a request holds is entered on its scope's `held`, and given up when it has ended. Routes that need
+    no key, which are polled, are logged only where they fail.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
@@ -82,7 +84,8 @@ class RequestLog:
         entry = Entry(given if ID.fullmatch(given) else uuid4().hex)
         others = [header for header in scope["headers"] if header[0] != b"x-request-id"]
         # vLLM names the request after this header, in the answer's id and in its own log and traces.
-        scope = {**scope, "headers": [*others, (b"x-request-id", entry.id.encode())]}
+        held = ExitStack()
+        scope = {**scope, "held": held, "headers": [*others, (b"x-request-id", entry.id.encode())]}
         begin, sent = time.monotonic(), False
 
         async def watched() -> Message:
@@ -101,7 +104,8 @@ class RequestLog:
 
         token = CURRENT.set(entry)
         try:
-            await self.app(scope, watched, answer)
+            with held:
+                await self.app(scope, watched, answer)
         finally:
             CURRENT.reset(token)
             self._end(entry, scope, time.monotonic() - begin)
