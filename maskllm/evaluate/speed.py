@@ -153,7 +153,9 @@ def many_masks(shape: tuple[int, int], rows: int, masks: int) -> dict[str, Calla
 
 def read_gb_s() -> float:
     """GB/s at which torch's threads together read memory: no product of weights out of cache is faster."""
-    memory = torch.zeros(POOL_BYTES // 64 * 8, dtype=torch.int64)
+    memory = torch.empty(POOL_BYTES // 64 * 8, dtype=torch.int64)
+    cpu.advise(memory)  # as slots are
+    memory.zero_()
     took = interleave({"read": lambda _: cpu.read(memory)}, 15)["read"].ms
     return memory.nbytes / took / 1e6
 

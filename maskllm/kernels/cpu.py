@@ -59,6 +59,11 @@ def force_form(form: int) -> None:
     _library().maskllm_force_form(form)
 
 
+def advise(memory: Tensor) -> None:
+    """Ask for big pages, before memory is first used: to read it out of cache is up to 1.3 times as fast."""
+    _library().maskllm_advise(memory.data_ptr(), memory.nbytes)
+
+
 def read(memory: Tensor) -> None:
     """Read an int64 tensor once and do nothing else: the ceiling of what is bound by memory."""
     _library().maskllm_read(memory.data_ptr(), memory.numel(), torch.get_num_threads())
@@ -79,7 +84,7 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """
     size = slot_bytes(weight.shape[0], weight.shape[1], dtype)
     slots = torch.empty(count, size // dtype.itemsize, dtype=dtype)
-    _library().maskllm_advise(slots.data_ptr(), slots.nbytes)
+    advise(slots)
     if dtype == torch.int8:
         scales = weight.where(weight.isfinite(), 0).abs().amax(1).float() / 127
         slots[:, : 4 * len(scales)].copy_(scales.view(torch.int8))

@@ -14,8 +14,8 @@
 
 #include "layout.h"
 
-// A function that the compiler builds for each of these and the loader chooses from.
-#if defined(__x86_64__) && defined(__GLIBC__)
+// A function that the compiler builds for each of these and the loader chooses from; gcc knows the names since 12.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
@@ -67,8 +67,8 @@ std::vector<const Kernels*> available() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool ice_lake = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-                          __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
+                          __builtin_cpu_supports("avx512vnni");
     if (ice_lake && __builtin_cpu_supports("avx512bf16")) all.push_back(avx512_bf16());
     if (ice_lake) all.push_back(avx512());
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(avx2());
@@ -270,14 +270,15 @@ typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef float Quad __attribute__((vector_size(16)));
 
+// Always inlined: a vector is passed differently from clone to clone.
 template <class T>
-T load(const void* at) {
+__attribute__((always_inline)) inline T load(const void* at) {
     T value;
     std::memcpy(&value, at, sizeof value);
     return value;
 }
 
-Halves to_bf16(Floats value) {
+__attribute__((always_inline)) inline Halves to_bf16(Floats value) {
     const Bits bits = (Bits)value, nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
     const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & rounded), Halves);
