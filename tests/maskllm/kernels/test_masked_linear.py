@@ -166,6 +166,23 @@ def test_any_number_of_rows_is_right_under_one_mask(kernels, rows):  # noqa: ARG
     torch.testing.assert_close(out.double(), exact(x, weight, masks, row_slots, None), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_threads_leave_each_others_outputs_alone(fast, dtype):  # noqa: ARG001
+    torch.manual_seed(0)
+    weight = torch.randn(524, 512).bfloat16()  # large enough to be shared, by quads that no 16 outputs divide
+    slots = masked(weight, [best(torch.rand(524, 512)) for _ in range(2)], dtype)
+    row_slots = torch.tensor([0, 1, 0, 0, 0, 1, 0], dtype=torch.int32)
+    x, threads = torch.randn(7, 512).bfloat16(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = masked_linear(x, weight, slots, row_slots, None)
+        torch.set_num_threads(3)
+        for _ in range(200):
+            assert torch.equal(masked_linear(x, weight, slots, row_slots, None), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("form", [0, 1])
 def test_both_forms_of_many_masks_are_right(fast, form):  # noqa: ARG001
     """Where a backend has only the first form, 1 means that one."""
