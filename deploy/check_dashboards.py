@@ -77,8 +77,11 @@ def filled_in(expr: str, board: dict[str, Any], window: str) -> str:
     return expr
 
 
-def check(prometheus: Prometheus, minutes: float, window: str) -> list[str]:
-    """Ask for the last minutes; prints a line for each query, and returns what is wrong."""
+def check(prometheus: Prometheus, minutes: float, window: str, step_s: float = STEP_S) -> list[str]:
+    """Ask for the last minutes; prints a line for each query, and returns what is wrong.
+
+    Between steps longer than the window lies what no rate sees.
+    """
     wrong = []
     end = time.time()
 
@@ -104,10 +107,11 @@ def check(prometheus: Prometheus, minutes: float, window: str) -> list[str]:
                 what = f"{board['title']} / {panel['title']} {target['refId']}"
                 expr = filled_in(target["expr"], board, window)
                 try:
-                    found = [s for s in prometheus.range(expr, end - 60 * minutes, end) if not s.empty]
+                    answer = prometheus.range(expr, end - 60 * minutes, end, step_s)
                 except ValueError as error:
                     note(what, 0, str(error))
                 else:
+                    found = [series for series in answer if not series.empty]
                     note(what, len(found), "" if found else f"no data for {expr}")
     return wrong
 

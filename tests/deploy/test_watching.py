@@ -187,7 +187,7 @@ def test_every_query_of_every_dashboard_finds_something_after_traffic(watched: W
             assert client.post("/v1/completions", params={"mask": "nope"}, json=ASK).status_code == 404
     sum_of_swaps = 'sum(maskllm_swaps_total{source="host"})'
     until(lambda: (value(watched, sum_of_swaps) or 0) > 3)
-    assert check(watched.prometheus, minutes=10, window=WINDOW) == []
+    assert check(watched.prometheus, minutes=10, window=WINDOW, step_s=1) == []
 
 
 def test_the_same_panels_can_be_drawn(watched: Watched, tmp_path: Path):
@@ -205,11 +205,10 @@ def test_a_query_that_is_wrong_and_one_that_finds_nothing_are_noticed(
     board["templating"]["list"][0]["query"]["query"] = "label_values(maskllm_no_such_metric, mask)"
     (tmp_path / "broken.json").write_text(json.dumps(board))
     monkeypatch.setattr("check_dashboards.DASHBOARDS", tmp_path)
-    wrong = check(watched.prometheus, minutes=10, window=WINDOW)
-    assert len(wrong) == 3
-    assert "no value" in wrong[0]
-    assert "parse error" in wrong[1]
-    assert "no data" in wrong[2]
+    wrong = "\n".join(check(watched.prometheus, minutes=10, window=WINDOW, step_s=1))
+    assert "$model: no value" in wrong
+    assert f"{first['title']} A: 1:37: parse error" in wrong
+    assert f"{second['title']} A: no data for maskllm_no_such_metric" in wrong
 
 
 def test_a_mask_that_waits_for_another_is_seen_to_wait(watched: Watched):
