@@ -23,8 +23,6 @@ def sweep(
     host: str, users: list[str], rates: list[float], seconds: float, out: Path, options: list[str]
 ) -> None:
     """One run for each rate. Exits where locust could not run; requests that fail are in the report."""
-    for old in out.glob("rate-*"):  # the report would take them for loads of this sweep
-        shutil.rmtree(old)
     for rate in rates:
         folder, number = out / f"rate-{rate:g}", str(len(users))
         command = [
@@ -58,6 +56,8 @@ def main() -> None:
     loadreport.add_options(parser)
     parser.add_argument("options", nargs="*", help="of locustfile.py, after --")
     args = parser.parse_args()
+    for old in args.out.glob("rate-*"):  # the report would take them for loads of this sweep
+        shutil.rmtree(old)
     sweep(args.host, args.users, args.rates, args.seconds, args.out, args.options)
     loadreport.report(args.out, args)
 
