@@ -80,7 +80,8 @@ def main() -> None:
                 name: swept(server, users, masks[:wanted], rates, seconds, folder / name)
                 for name, (users, wanted) in SWEEPS.items()
             }
-        keep(folder / next(iter(SWEEPS)))
+        if not args.quick:
+            keep(folder / next(iter(SWEEPS)))
     capacity = [row for name, each in points.items() for point in each for row in figures(name, point)]
     others = ", ".join(map(str, mine)) or "the same"
     cores = f"the server on core {last}, locust and vllm bench serve on {others}"
