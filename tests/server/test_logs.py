@@ -1,11 +1,18 @@
 """What the server writes of each request, and what it does not."""
 
+import asyncio
 import json
 import time
+from contextlib import nullcontext
 
 import pytest
+from prometheus_client import CollectorRegistry
 from running import Server
+from starlette.types import Message, Receive, Scope, Send
 from test_api import label, metric
+
+from server.logs import RequestLog
+from server.metrics import Metrics
 
 ASK = {"prompt": "xylophone", "max_tokens": 4, "ignore_eos": True}
 
@@ -69,3 +76,28 @@ def test_health_checks_are_not_logged(server: Server):
     assert line(server, "after")["key"] == "boss"
     assert "probe" not in server.log.read_text()
     assert '"GET /health HTTP/1.1" 200' not in server.log.read_text()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_request_holds_is_given_up_when_it_has_ended_and_not_before(fails: bool):
+    happened, kept = [], []
+
+    async def app(scope: Scope, _: Receive, send: Send) -> None:
+        scope["held"].callback(happened.append, "given up")
+        kept.append(scope["held"])  # or Python would give it up by itself
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+        if fails:
+            raise OSError("after the answer")
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        happened.append(message["type"])
+
+    log = RequestLog(app, Metrics(CollectorRegistry()), paths=[])
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    with pytest.raises(OSError, match="after the answer") if fails else nullcontext():
+        asyncio.run(log(scope, receive, send))
+    assert happened == ["http.response.start", "http.response.body", "given up"]
