@@ -1,119 +1,187 @@
-"""Prefill by the sparse tensor cores: cuSPARSELt's multiplication of a slot, where it is right and faster.
+"""Prefill by the sparse tensor cores: cuSPARSELt's multiplication by a slot, called where it is right and faster.
 
 cuSPARSELt reads one buffer: the kept values row by row, then metadata in an order of its own, which it
-documents for no GPU. So nothing is taken on trust: for each shape of weight `algorithm` compares our buffer
-with the library's byte by byte and its product with the dense one, and lets it be used only if it also wins.
+documents for no GPU (`gpu.prefill` proves ours). torch has an operator for it, but makes its plan anew in each
+call: 570 us before a product of 70 (H200, torch 2.11). So the library that torch has loaded is called here,
+with plans that are kept. Its constants and signatures are those of cusparseLt.h, version 0.8.
 """
 
-import logging
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
+from ctypes import (
+    CDLL,
+    byref,
+    c_float,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+    create_string_buffer,
+    sizeof,
+)
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
-from maskllm.core.patterns import best, encode, expand, pack, unpack
+DTYPES = {torch.float16: 2, torch.bfloat16: 14}
+"""cudaDataType."""
+COLUMNS, ROWS = 1, 2
+"""cusparseOrder_t."""
+AS_IT_IS, TRANSPOSED = 0, 1
+"""cusparseOperation_t."""
+COMPUTE_32F = 2
+BIAS_POINTER = 8
+"""An attribute of a multiplication."""
+ALGORITHM_ID = 0
+"""An attribute of an algorithm selection."""
+TUNED = {512: 256, 1 << 30: 2048}
+"""Up to how many rows an algorithm is used that was the fastest at how many."""
+TRIED = 32
+"""Algorithms that are tried. H200, 0.8.0: 21 in bfloat16; in float16 more, of which those from 36 on end
+the process's use of the GPU with an illegal instruction, and torch's own search runs into them."""
+OPAQUE = 4096
+"""Bytes for each of the library's structs, 512 in 0.8."""
 
-with suppress(ImportError):  # gpu.why_not() says so
-    from maskllm.kernels import triton_kernels as kernels
 
-logger = logging.getLogger(__name__)
-
-LEAST_ROWS = 512
-"""Below, dense is as fast: public figures of H100 and bf16 give 1.1x to 1.4x at 512 rows and lose at 64."""
+def available(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.backends.cusparselt.is_available()
 
 
-@cache
-def algorithm(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> int | None:
-    """The number of the algorithm to multiply weights (outs, ins) by; None where dense is to be used.
+def compress(masked: Tensor) -> Tensor:
+    """The library's own buffer of a 2:4 weight (out, in): kept values and metadata, flat."""
+    out: Tensor = torch._cslt_compress(masked)
+    return out.view(-1)
 
-    Takes a second or so, once a shape.
+
+def linear(x: Tensor, compressed: Tensor, outs: int, bias: Tensor | None, algorithm: int) -> Tensor:
+    """x (rows, in) times a compressed weight (out, in), plus bias -> (rows, out).
+
+    Raises RuntimeError where the library refuses. It wants rows in multiples of 8.
     """
-    if outs % 64 or ins % 32 or not _available(device):
-        return None
-    try:
-        return _proven(outs, ins, dtype, device)
-    except RuntimeError as error:  # a library older than the GPU, for one
-        logger.warning("prefill of (%d, %d) is dense, as cuSPARSELt failed: %s", outs, ins, error)
-        return None
-
-
-def _proven(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> int | None:
-    """The algorithm the library's search finds, if layout, results and speed are as they should be.
-
-    Some algorithms give wrong products now and then (pytorch #155333), so each size is tried three times.
-    """
-    # No weight is zero: the library could not tell it from a dropped one.
-    weight = (torch.rand(outs, ins, device=device) + 0.5).to(dtype)
-    mask = best(torch.rand(outs, ins, device=device))
-    masked = torch.where(mask, weight, 0)
-    compressed = torch._cslt_compress(masked).view(outs, -1)
-    metadata = torch.empty(outs * ins // 32, dtype=torch.int32, device=device)
-    write_metadata(metadata, pack(encode(mask)), dtype)
-    ours = torch.cat([weight[mask], metadata.view(dtype)])
-    if not torch.equal(ours.view(torch.int16), compressed.view(-1).view(torch.int16)):
-        return None
-    x = torch.randn(4 * LEAST_ROWS, ins, dtype=dtype, device=device)
-    number = torch._cslt_sparse_mm_search(compressed, x[:LEAST_ROWS].t(), transpose_result=True)
-    for rows in (LEAST_ROWS, 4 * LEAST_ROWS) * 3:
-        expected = functional.linear(x[:rows], masked).float()
-        wrong = (linear(x[:rows], compressed, None, number).float() - expected).abs().max()
-        if not wrong <= 0.02 * expected.abs().max():  # a nan is wrong too
-            return None
-    sparse_s = _seconds(lambda: linear(x, compressed, None, number))
-    return number if sparse_s < _seconds(lambda: functional.linear(x, masked)) else None
-
-
-def linear(x: Tensor, compressed: Tensor, bias: Tensor | None, number: int) -> Tensor:
-    """x (rows, in) times a compressed weight (out, in * 9/16), plus bias -> (rows, out).
-
-    The library wants rows in multiples of 8.
-    """
-    rows = x.shape[0]
+    rows, ins = x.shape
     padded = functional.pad(x, (0, 0, 0, -rows % 8)) if rows % 8 else x.contiguous()
-    out: Tensor = torch._cslt_sparse_mm(compressed, padded.t(), bias, transpose_result=True, alg_id=number)
+    plan = _plan(outs, ins, padded.shape[0], x.dtype, x.device, algorithm, bias is not None)
+    out = x.new_empty(padded.shape[0], outs)
+    plan.multiply(compressed, padded, bias, out)
     return out[:rows]
 
 
-def write_metadata(metadata: Tensor, packed: Tensor, dtype: torch.dtype) -> None:
-    """Write a mask's metadata, (out * in / 32,) int32, from its packed codes on the same device.
+def fastest(compressed: Tensor, weight: Tensor, mask: Tensor) -> dict[int, int]:
+    """The algorithm for up to so many rows, as in TUNED, of a weight (out, in) that was compressed by a mask.
 
-    By our kernel where it writes what the library does; else by the library, which compresses the mask
-    itself for it, as its ones cannot be mistaken for dropped weights. That is slow and waits for the GPU.
+    Some give wrong products now and then (pytorch #155333), so a choice is tried three times. Empty if one
+    is wrong, or slower than masking and a dense product.
     """
-    if _knows_order(packed.device):
-        _write_sm90(metadata, packed)
-    else:
-        outs, groups = packed.shape[0], metadata.numel() * 8 // packed.shape[0]
-        mask = expand(unpack(packed, groups))
-        compressed = torch._cslt_compress(mask.to(dtype)).view(-1)
-        metadata.copy_(compressed[outs * groups * 2 :].view(torch.int32))
+    masked = torch.where(mask, weight, 0)
+    chosen = {}
+    for most_rows, rows in TUNED.items():
+        x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        bias = torch.randn(len(weight), dtype=weight.dtype, device=weight.device)
+        expected = functional.linear(x, masked, bias).float()
+        seconds = {}
+        for number in range(TRIED):
+            try:
+                seconds[number] = _seconds(lambda: linear(x, compressed, len(weight), None, number))  # noqa: B023
+            except RuntimeError:  # there is no such algorithm, or not for this shape
+                continue
+        best = min(seconds, key=lambda number: seconds[number])  # noqa: B023
+        for _ in range(3):
+            wrong = (linear(x, compressed, len(weight), bias, best).float() - expected).abs().max()
+            if not wrong <= 0.02 * expected.abs().max():  # a nan is wrong too
+                return {}
+        if seconds[best] > _seconds(lambda: functional.linear(x, torch.where(mask, weight, 0))):  # noqa: B023
+            return {}
+        chosen[most_rows] = best
+    return chosen
+
+
+class _Plan:
+    """A multiplication of one shape; the library keeps pointers into the structs."""
+
+    def __init__(
+        self,
+        outs: int,
+        ins: int,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        algorithm: int,
+        biased: bool,
+    ) -> None:
+        self._handle = _handle(device)
+        self._sparse, self._x, self._out, self._product, self._chosen, self._it = (
+            create_string_buffer(OPAQUE) for _ in range(6)
+        )
+        of = DTYPES[dtype], ROWS
+        self._call("StructuredDescriptorInit", self._sparse, *_sizes(outs, ins, ins), *of, 0)
+        self._call("DenseDescriptorInit", self._x, *_sizes(rows, ins, ins), *of)
+        self._call("DenseDescriptorInit", self._out, *_sizes(outs, rows, outs), of[0], COLUMNS)
+        operands = self._sparse, self._x, self._out, self._out
+        self._call("MatmulDescriptorInit", self._product, AS_IT_IS, TRANSPOSED, *operands, COMPUTE_32F)
+        if biased:  # which bias is said before each multiplication
+            self._set_bias(1 << 20)
+        self._call("MatmulAlgSelectionInit", self._chosen, self._product, 0)
+        number = c_int(algorithm)
+        self._call("MatmulAlgSetAttribute", self._chosen, ALGORITHM_ID, byref(number), c_size_t(4))
+        self._call("MatmulPlanInit", self._it, self._product, self._chosen)
+        size = c_size_t()
+        self._call("MatmulGetWorkspace", self._it, byref(size))
+        self._workspace = size.value
+
+    def multiply(self, compressed: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if bias is not None:
+            self._set_bias(bias.data_ptr())
+        workspace = torch.empty(self._workspace, dtype=torch.uint8, device=x.device)
+        stream = c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+        self._call(
+            "Matmul", self._it, byref(c_float(1)), _at(compressed), _at(x), byref(c_float(0)), _at(out),
+            _at(out), _at(workspace), byref(stream), 1,
+        )  # fmt: skip
+
+    def _set_bias(self, address: int) -> None:
+        pointer = c_void_p(address)
+        size = c_size_t(sizeof(pointer))
+        self._call("MatmulDescSetAttribute", self._product, BIAS_POINTER, byref(pointer), size)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        _call(name, self._handle, *arguments)
+
+
+_plan = lru_cache(maxsize=512)(_Plan)
+"""Half a millisecond to make; the layers of a model share a few shapes, and a prefill's rows change."""
 
 
 @cache
-def _knows_order(device: torch.device) -> bool:
-    """Whether our kernel writes the metadata that this GPU's cuSPARSELt does."""
-    mask = best(torch.rand(256, 512, device=device))
-    written = torch.empty(256 * 512 // 32, dtype=torch.int32, device=device)
-    _write_sm90(written, pack(encode(mask)))
-    compressed = torch._cslt_compress(mask.to(torch.bfloat16)).view(-1)
-    return torch.equal(written, compressed[mask.numel() // 2 :].view(torch.int32))
+def _handle(device: torch.device) -> object:
+    handle = create_string_buffer(OPAQUE)
+    with torch.cuda.device(device):
+        _call("Init", handle)
+    return handle
 
 
-def _write_sm90(metadata: Tensor, packed: Tensor) -> None:
-    words = metadata.view(torch.int16)
-    groups = words.numel() * 4 // packed.shape[0]
-    grid = (-(-words.numel() // 512),)
-    kernels.metadata_kernel[grid](packed, words, groups, packed.shape[1], words.numel(), WORDS=512)
+def _call(name: str, *arguments: object) -> None:
+    status = getattr(_library(), f"cusparseLt{name}")(*arguments)
+    if status:
+        raise RuntimeError(f"cusparseLt{name} failed with status {status}")
 
 
-def _available(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.backends.cusparselt.is_available()
+@cache
+def _library() -> CDLL:
+    return CDLL("libcusparseLt.so.0")  # torch has loaded it
+
+
+def _sizes(rows: int, columns: int, stride: int) -> tuple[c_int64, c_int64, c_int64, c_uint32]:
+    """Of a matrix, and its alignment in bytes."""
+    return c_int64(rows), c_int64(columns), c_int64(stride), c_uint32(16)
+
+
+def _at(tensor: Tensor) -> c_void_p:
+    return c_void_p(tensor.data_ptr())
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
     """Median time of a call; Timer waits for the GPU."""
-    return Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.05).median
+    return Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.01).median

@@ -5,26 +5,36 @@ few rows reads little more than half of what a dense one reads. Slots never move
 which rows use which: a CUDA graph captured once serves every later swap.
 """
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskllm.core.patterns import best, encode, expand, pack, unpack
 from maskllm.kernels import DENSE, cusparselt
 
 with suppress(ImportError):  # why_not() says so
     from maskllm.kernels import triton_kernels as kernels
 
+logger = logging.getLogger(__name__)
+
 FEW_ROWS = 64
 """Up to here a step is bound by reading weights, and beyond by multiplying."""
-FEW_TILE = {"ROWS": 16, "OUTS": 32, "STAGES": 6}
-SOME_TILE = {"ROWS": 32, "OUTS": 64, "STAGES": 3}
+PAIRS = 128
+"""Of groups that a warp multiplies at once for one row."""
+FEW_TILE = {"ROWS": 8, "OUTS": 32, "STAGES": 3}, {"num_warps": 1}
+SOME_TILE = {"ROWS": 16, "OUTS": 32, "STAGES": 3}, {"num_warps": 2}
+"""Tiles of up to 8 rows, and of more."""
+TOGETHER = 4
+"""From so many slots on, the passes are faster."""
+PROGRAMS = 6
+"""Programs of `linear_kernel` for each multiprocessor, at most: their registers have room for about as many."""
 MANY_TILE, MANY_OPTIONS = {"ROWS": 128, "OUTS": 128, "INS": 64}, {"num_warps": 8, "num_stages": 3}
-"""Tiles of up to 16 rows, up to FEW_ROWS, and more. Compiled for sm_80, sm_90 and sm_100 none spills, and all
-keep as many loads in flight as 99 KiB of shared memory hold, the least among these GPUs (sm_86)."""
 
 
 def why_not() -> str | None:
@@ -54,20 +64,13 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         )
     if weight.shape[1] % 4 or not weight.is_contiguous():
         raise ValueError(f"weight {tuple(weight.shape)} is no contiguous matrix of whole groups of 4 inputs")
+    _arrived(weight.device)  # before any graph is captured
     return torch.zeros(count, Layout.of(weight).words, dtype=torch.int32, device=weight.device)
 
 
 def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     """Make a mask resident in a slot, from its packed codes (out, row_bytes) uint8 on the GPU or pinned."""
-    layout = Layout.of(weight)
-    packed = packed.to(weight.device, non_blocking=True)
-    kernels.fill_kernel[layout.outs, _tiles(layout.groups, 1024)](
-        weight.view(torch.int64), packed, slots[slot], layout.indices(slots)[slot],
-        layout.groups, packed.shape[1], GROUPS=1024,
-    )  # fmt: skip
-    if layout.metadata:
-        metadata = slots[slot, layout.values : layout.values + layout.metadata]
-        cusparselt.write_metadata(metadata, packed, weight.dtype)
+    _fill(Layout.of(weight), slots, slot, weight, packed.to(weight.device, non_blocking=True))
 
 
 def linear(
@@ -86,8 +89,10 @@ def linear(
     rows = x.shape[0]
     if rows == 0 or present == (DENSE,):
         return functional.linear(x, weight, bias)
+    if rows == 1:
+        return _one_row(x, weight, slots, row_slots, bias)
     if rows <= FEW_ROWS:
-        return _few_rows(x, weight, slots, row_slots, bias)
+        return _few_rows(x, weight, slots, row_slots, bias, present)
     if present is not None and len(present) == 1:
         return _one_slot(x, weight, slots, present[0], bias)
     return _many_slots(x, weight, slots, row_slots, bias, present)
@@ -105,51 +110,149 @@ class Layout:
     @classmethod
     def of(cls, weight: Tensor) -> "Layout":
         outs, ins = weight.shape
-        number = cusparselt.algorithm(outs, ins, weight.dtype, weight.device)
-        return cls(outs, ins // 4, 0 if number is None else outs * ins // 32)
-
-    @property
-    def values(self) -> int:
-        return self.outs * self.groups
+        proven = prefill(outs, ins, weight.dtype, weight.device)
+        return cls(outs, ins // 4, outs * ins // 32 if proven else 0)
 
     @property
     def words(self) -> int:
-        return _aligned(self._indices_at + self.outs * _tiles(self.groups, 32) * 4)
-
-    def indices(self, slots: Tensor) -> Tensor:
-        """The indices of all slots, (count, bytes) uint8, a view."""
-        return slots[:, self._indices_at :].view(torch.uint8)
+        return _aligned(self.indices_at + self.outs * _tiles(self.groups, 32) * 4)
 
     @property
-    def _indices_at(self) -> int:
-        return _aligned(self.values + self.metadata)
+    def indices_at(self) -> int:
+        return _aligned(self.outs * self.groups + self.metadata)
 
 
-def _few_rows(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
-    """All slots at once, by the kernel that reads the fewest bits."""
-    layout, count, rows = Layout.of(weight), slots.shape[0], x.shape[0]
-    if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
+@cache
+def prefill(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> dict[int, int]:
+    """cuSPARSELt's algorithm for up to so many rows of weights (outs, ins); empty where it is not to be used.
+
+    Nothing is taken on trust: a slot must be what the library makes of the same mask, byte by byte, and a
+    product must be the dense one's, and faster. Takes half a second, once a shape.
+    """
+    if outs % 64 or ins % 32 or not cusparselt.available(device):
+        return {}
+    try:
+        weight = (torch.rand(outs, ins, device=device) + 0.5).to(dtype)  # a zero would seem dropped
+        mask = best(torch.rand(outs, ins, device=device))
+        masked = torch.where(mask, weight, 0)
+        layout = Layout(outs, ins // 4, outs * ins // 32)
+        slots = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
+        _fill(layout, slots, 0, weight, pack(encode(mask)))
+        compressed = _compressed(slots, 0, weight)
+        if not torch.equal(compressed.view(torch.int16), cusparselt.compress(masked).view(torch.int16)):
+            return {}
+        return cusparselt.fastest(compressed, weight, mask)
+    except RuntimeError as error:  # a library older than the GPU, for one
+        logger.warning("prefill of (%d, %d) is dense, as cuSPARSELt failed: %s", outs, ins, error)
+        return {}
+
+
+@cache
+def _knows_order(device: torch.device) -> bool:
+    """Whether our kernel writes the metadata that this GPU's cuSPARSELt does."""
+    mask = best(torch.rand(64, 128, device=device))
+    layout = Layout(64, 32, 64 * 128 // 32)
+    slots = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
+    ones = torch.ones(64, 128, dtype=torch.bfloat16, device=device)
+    _fill(layout, slots, 0, ones, pack(encode(mask)), ours=True)
+    expected = cusparselt.compress(mask.to(ones.dtype))
+    return torch.equal(_compressed(slots, 0, ones).view(torch.int16), expected.view(torch.int16))
+
+
+def _fill(
+    layout: Layout, slots: Tensor, slot: int, weight: Tensor, packed: Tensor, ours: bool | None = None
+) -> None:
+    """Values and indices by one kernel, and metadata by another where it writes what the library does.
+
+    Elsewhere the library compresses the mask itself, as its ones cannot be mistaken for dropped weights:
+    slow, and it waits for the GPU. `ours` forces the kernel.
+    """
+    kernels.fill_kernel[layout.outs, _tiles(layout.groups, 1024)](
+        weight, packed, slots, slot, layout.groups, packed.shape[1], layout.words, layout.indices_at,
+        GROUPS=1024, num_warps=8,
+    )  # fmt: skip
+    if not layout.metadata:
+        return
+    if ours or _knows_order(weight.device):
+        kernels.metadata_kernel[_tiles(layout.outs * _tiles(layout.groups, 32), 512),](
+            slots, slot, layout.outs, layout.groups, layout.words, layout.indices_at, UNITS=512
+        )
+    else:
+        mask = expand(unpack(packed, layout.groups)).to(weight.dtype)
+        at = layout.outs * layout.groups
+        metadata = cusparselt.compress(mask).view(torch.int32)[at:]
+        slots[slot, at : at + layout.metadata].copy_(metadata)
+
+
+def _compressed(slots: Tensor, slot: int, weight: Tensor) -> Tensor:
+    """A slot's values and metadata, as cuSPARSELt reads them; flat."""
+    return slots[slot].view(weight.dtype)[: weight.numel() * 9 // 16]
+
+
+def _one_row(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
+    """By the kernel that waits for nothing."""
+    layout = Layout.of(weight)
+    if x.stride(1) != 1 or x.data_ptr() % 8:
         x = x.contiguous()
-    out = x.new_empty(rows, layout.outs)
-    indices = layout.indices(slots)
-    tile = FEW_TILE if rows <= FEW_TILE["ROWS"] else SOME_TILE
-    passes = _tiles(count + 1, 4)
-    grid = (_tiles(layout.outs, tile["OUTS"]), count + passes, _tiles(rows, tile["ROWS"]))
-    kernels.linear_kernel[grid](
-        x.view(torch.int64), weight.view(torch.int64), slots, indices, row_slots, bias, out,
-        rows, layout.outs, layout.groups, x.stride(0) // 4, slots.stride(0), indices.stride(0), count,
-        SLOTS=1 << count.bit_length(), **tile, FP32=not x.is_cuda,
+    out = x.new_empty(1, layout.outs)
+    kernels.row_kernel[layout.outs,](
+        x, weight, slots, row_slots, bias, out, layout.groups, layout.words, layout.indices_at,
+        PAIRS=PAIRS, num_warps=1,
     )  # fmt: skip
     return out
 
 
+def _few_rows(
+    x: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    row_slots: Tensor,
+    bias: Tensor | None,
+    present: tuple[int, ...] | None,
+) -> Tensor:
+    """By the tensor cores, each slot alone, or by passes over the dense weight that many slots share."""
+    layout, rows = Layout.of(weight), x.shape[0]
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = x.new_empty(rows, layout.outs)
+    tile, options = FEW_TILE if rows <= FEW_TILE[0]["ROWS"] else SOME_TILE
+    tiles = _tiles(layout.outs, tile["OUTS"]), _tiles(rows, tile["ROWS"])
+    splits = _splits(tiles[0] * tiles[1], x.device)
+    partial = x.new_empty(tiles[0] * tiles[1] * splits * tile["OUTS"] * tile["ROWS"], dtype=torch.float32)
+    kernels.linear_kernel[tiles[0], splits, tiles[1]](
+        x, weight, slots, row_slots, bias, out, partial, _arrived(x.device),
+        rows, layout.outs, layout.groups, x.stride(0), layout.words, layout.indices_at, SPLITS=splits,
+        WHOLE=layout.groups % 32 == 0, TOGETHER=len(present or ()) >= TOGETHER, **tile, **options,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _splits(tiles: int, device: torch.device) -> int:
+    """Into how many parts the inputs are divided so that the GPU is full."""
+    processors = 132 if device.type == "cpu" else _processors(device)
+    splits = 1
+    while splits < 8 and 2 * splits * tiles <= PROGRAMS * processors:
+        splits *= 2
+    return splits
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _arrived(device: torch.device) -> Tensor:
+    """Counters of the parts of a tile that are done, zero between launches, which must not overlap."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
 def _one_slot(x: Tensor, weight: Tensor, slots: Tensor, slot: int, bias: Tensor | None) -> Tensor:
     """By the sparse tensor cores where they win, else by a dense product with the expanded slot."""
-    outs, ins = weight.shape
-    number = cusparselt.algorithm(outs, ins, weight.dtype, weight.device)
-    if number is not None and x.shape[0] >= cusparselt.LEAST_ROWS:
-        compressed = slots[slot].view(weight.dtype)[: weight.numel() * 9 // 16].view(outs, -1)
-        return cusparselt.linear(x, compressed, bias, number)
+    for most_rows, number in prefill(*weight.shape, weight.dtype, weight.device).items():
+        if x.shape[0] <= most_rows:
+            return cusparselt.linear(x, _compressed(slots, slot, weight), weight.shape[0], bias, number)
     masked = torch.empty_like(weight)
     _expand(slots, slot, torch.ones((), dtype=torch.bool, device=x.device), masked)
     return functional.linear(x, masked, bias)
@@ -185,7 +288,7 @@ def _expand(slots: Tensor, slot: int, used: Tensor, out: Tensor) -> None:
     """Write a slot's weights (out, in), zeros where they are dropped, if the bool `used` says so."""
     layout = Layout.of(out)
     kernels.expand_kernel[layout.outs, _tiles(layout.groups, 1024)](
-        slots[slot], layout.indices(slots)[slot], used, out.view(torch.int64), layout.groups, GROUPS=1024
+        slots, slot, used, out, layout.groups, layout.words, layout.indices_at, GROUPS=1024
     )
 
 
@@ -199,7 +302,7 @@ def _rows_of_slot(
     grid = (_tiles(rows, MANY_TILE["ROWS"]), _tiles(outs, MANY_TILE["OUTS"]))
     kernels.rows_of_slot_kernel[grid](
         x, weight, row_slots, slot, bias, out, rows, outs, ins, x.stride(0),
-        **MANY_TILE, **MANY_OPTIONS, FP32=not x.is_cuda,
+        **MANY_TILE, **MANY_OPTIONS,
     )  # fmt: skip
 
 

@@ -1,15 +1,19 @@
 """The GPU kernels: a mask's weights gathered into its slot, and linear layers whose rows differ in mask.
 
 The kernels work on groups: an int64 is four 16-bit weights or inputs, an int32 the two weights that a
-mask keeps, so that one load brings whole groups and a group is put together by shifts. A slot:
+mask keeps, so that one load brings whole groups. A slot, in int32 words:
 
-    kept values   outs x groups int32        row by row, the first kept weight in the low half
-    metadata      outs x groups / 4 int16    cuSPARSELt's own order; only where prefill uses it
-    indices       outs x blocks x 16 uint8   4 bits a group: first kept | second kept << 2
+    kept values   outs x groups              row by row, the first kept weight in the low half
+    metadata      outs x groups / 8          cuSPARSELt's own order; only where prefill uses it
+    indices       outs x blocks x 4          4 bits a group: where the kept weights belong
 
-A block is 32 groups (128 columns), the last one of a row padded with zeros. Its byte q holds group q in the
-low half and group q + 16 in the high one. So the 16 bytes, shifted right by 0 or 4, belong to 16
+A block is 32 groups (128 columns), the last one of a row padded with zeros. Byte q of its 16 holds group q in
+the low half and group q + 16 in the high one. So the 16 bytes, shifted right by 0 or 4, belong to 16
 neighbouring groups just as a load of 16 values does: unpacking moves nothing between threads.
+
+An index names the two halves of the group as a product wants them: two bits for weights 0 and 1, two for
+weights 2 and 3. Each is a choice of four, so a shift of a constant makes the selector of a byte permutation,
+and two of those put a group in place (`_halves`).
 
 Offsets within a slot are int32, as a slot is smaller than 8 GiB; the offset of a slot is int64.
 """
@@ -19,8 +23,9 @@ Offsets within a slot are int32, as a slot is smaller than 8 GiB; the offset of 
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 WIDTH = tl.constexpr(16)
-"""Groups that are multiplied at once: the least depth of a tensor core product of 16-bit values."""
+"""Groups that are multiplied at once."""
 BLOCK = tl.constexpr(32)
 """Groups in a block."""
 PASS = tl.constexpr(4)
@@ -29,175 +34,335 @@ DENSE = tl.constexpr(-1)
 """The slot of rows that use the base's own weights."""
 NOBODY = tl.constexpr(-2)
 """The slot of the rows that a tile has beyond the last."""
+END = tl.constexpr(1 << 30)
+"""After the last slot."""
+
+INDEX = tl.constexpr(0x2D9C87)
+"""The index of each code 0 to 5, 4 bits each.
+
+    kept      0,1   0,2   0,3   1,2   1,3   2,3
+    weights 0 and 1 (low two bits):  3 both, 0 the first in place 0, 1 the first in place 1, 2 none
+    weights 2 and 3 (high two bits): 1 none, 2 the second in place 2, 3 the second in place 3, 0 both
+"""
+LOW = tl.constexpr(0x3210_4444_1044_4410)
+HIGH = tl.constexpr(0x3244_4432_4444_3210)
+"""Selectors of `_permute` for the two halves, 16 bits for each choice; bytes 0 to 3 are the kept weights, 4
+is zero."""
 
 
-@triton.jit(do_not_specialize=["rows", "count"])
+@triton.jit
+def row_kernel(
+    x,  # (1, ins)
+    weight,  # (outs, ins)
+    slots,  # (count, slot_words) int32
+    row_slots,  # (1,) int32
+    bias,  # (outs,) or None
+    out,  # (1, outs)
+    groups,
+    slot_words,
+    indices_at,
+    PAIRS: tl.constexpr,
+):
+    """One row, on the CUDA cores: a warp for each output, grid (outs,).
+
+    Nothing is shared, nothing waits for another warp, and an input is selected by a shift: 14 instructions
+    for two products. `PAIRS` groups and the PAIRS groups 16 further on are multiplied at once.
+    """
+    n = tl.program_id(0)
+    slot = tl.load(row_slots)
+    x = x.to(tl.pointer_type(tl.int64), bitcast=True)
+    total = tl.zeros((PAIRS,), tl.float32)
+    q = tl.arange(0, PAIRS)
+    if slot == DENSE:
+        row = weight.to(tl.pointer_type(tl.int64), bitcast=True) + n.to(tl.int64) * groups
+        for start in range(0, groups, PAIRS):
+            group = tl.load(row + start + q, mask=start + q < groups, other=0)
+            inputs = tl.load(x + start + q, mask=start + q < groups, other=0)
+            for place in tl.static_range(4):
+                left = _low_float((group >> (16 * place)).to(tl.int32), out.dtype.element_ty)
+                total += left * _low_float((inputs >> (16 * place)).to(tl.int32), out.dtype.element_ty)
+    else:
+        slots += slot.to(tl.int64) * slot_words
+        values = slots + n * groups
+        indices = (slots + indices_at).to(tl.pointer_type(tl.uint8), bitcast=True)
+        indices += n * (tl.cdiv(groups, BLOCK) * WIDTH)
+        whole = groups // (2 * PAIRS) * PAIRS
+        for start in range(0, whole, PAIRS):
+            total = _kept_products(total, x, values, indices, start + q, groups, False, out.dtype.element_ty)
+        if 2 * whole < groups:
+            total = _kept_products(total, x, values, indices, whole + q, groups, True, out.dtype.element_ty)
+    product = tl.sum(total)
+    if bias is not None:
+        product += tl.load(bias + n).to(tl.float32)
+    tl.store(out + n, product.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _kept_products(total, x, values, indices, q, groups, MASKED: tl.constexpr, dtype: tl.constexpr):
+    """total + the products of a row's kept weights whose indices are in bytes q."""
+    index = _load(indices + q, q // WIDTH * BLOCK < groups, MASKED).to(tl.int32)
+    for half in tl.static_range(2):
+        g = q // WIDTH * BLOCK + half * WIDTH + q % WIDTH
+        kept = _load(values + g, g < groups, MASKED)
+        inputs = _load(x + g, g < groups, MASKED)
+        # The weight in place 0 or 3 has an index of its own if both of its half are kept: repeat its input.
+        low, high = inputs.to(tl.int32), (inputs >> 32).to(tl.int32)
+        first = _pair(low, _permute(low, high, 0x1054))
+        second = _pair(_permute(low, high, 0x3276), high)
+        i = index >> (4 * half)
+        total += _low_float(kept, dtype) * _low_float((first >> ((i << 4) & 48)).to(tl.int32), dtype)
+        total += _high_float(kept, dtype) * _low_float((second >> ((i << 2) & 48)).to(tl.int32), dtype)
+    return total
+
+
+@triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
-    x,  # (rows, groups) int64, rows x_stride groups apart
-    weight,  # (outs, groups) int64
-    values,  # (count, outs, groups) int32, slots value_stride apart
-    indices,  # (count, outs, blocks, 16) uint8, slots index_stride apart
+    x,  # (rows, ins), rows x_stride apart
+    weight,  # (outs, ins)
+    slots,  # (count, slot_words) int32
     row_slots,  # (rows,) int32
     bias,  # (outs,) or None
     out,  # (rows, outs)
+    partial,  # (row tiles, out tiles, SPLITS, OUTS, ROWS) float32
+    arrived,  # (row tiles, out tiles) int32, zeros before and after
     rows,
     outs,
     groups,
     x_stride,
-    value_stride,
-    index_stride,
-    count,
-    SLOTS: tl.constexpr,  # a power of two, at least count + 1
+    slot_words,
+    indices_at,
     ROWS: tl.constexpr,
     OUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    FP32: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether the last block is whole
+    TOGETHER: tl.constexpr,
 ):
-    """A tile (ROWS, OUTS) of the output, for few rows; grid (out tiles, count + passes, row tiles).
+    """A part of the inputs' share in a tile (OUTS, ROWS) of the output; grid (out tiles, SPLITS, row tiles).
 
-    Few rows are bound by the bits read a weight. One slot alone reads 9 of them; a pass over the dense
-    weight reads 16, serves PASS slots or dense rows, and reads 1 more for each slot. All programs of a
-    tile see which slots its rows use and choose the lesser: program s is slot s alone, those from `count`
-    on are passes, and a program that is not needed ends at once. Nothing is decided on the host, so a
-    captured graph stays right whatever `row_slots` and the slots hold.
+    Slot after slot, 9 bits a weight each and 16 for dense rows; or TOGETHER, by passes over the dense weight
+    that read 16 bits for up to four of them, and 1 more for each slot. The slots are those that the rows
+    use: nothing of that is decided on the host, so a captured graph stays right whatever `row_slots` and the
+    slots hold. The product is turned, as the tensor cores want their first operand in registers.
+
+    The program that arrives last adds the parts up, always in the same order.
     """
-    program = tl.program_id(1)
     m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     row_slot = tl.load(row_slots + m, mask=m < rows, other=NOBODY)
+    each = tl.cdiv(tl.cdiv(groups, BLOCK), SPLITS)
+    first = tl.program_id(1) * each
+    last = tl.minimum(first + each, tl.cdiv(groups, BLOCK))
+    x += m.to(tl.int64)[None, :] * x_stride
+    row = tl.minimum(n, outs - 1)[:, None]  # outputs beyond the last are computed and not stored
+    product = tl.zeros((OUTS, ROWS), tl.float32)
+    slot = _next(row_slot, NOBODY)
+    while slot != END:
+        if TOGETHER:
+            slot1 = _next(row_slot, slot)
+            slot2 = _next(row_slot, slot1)
+            slot3 = _next(row_slot, slot2)
+            product = _pass_product(
+                product, x, weight, slots, indices_at, slot_words, row, row_slot, (slot, slot1, slot2, slot3),
+                first, last, groups, OUTS, STAGES, WHOLE, out.dtype.element_ty,
+            )  # fmt: skip
+            slot = slot3
+        else:
+            mine = (row_slot == slot)[None, :]
+            if slot == DENSE:
+                alone = _dense_product(
+                    x, weight, row, mine, first, last, groups,
+                    ROWS, OUTS, STAGES, WHOLE, out.dtype.element_ty,
+                )  # fmt: skip
+            else:
+                alone = _kept_product(
+                    x, slots + slot.to(tl.int64) * slot_words, indices_at, row, mine, first, last, groups,
+                    ROWS, OUTS, STAGES, WHOLE, out.dtype.element_ty,
+                )  # fmt: skip
+            product = tl.where(mine, alone, product)
+        slot = _next(row_slot, slot)
 
-    each = tl.arange(0, SLOTS) - 1
-    used = tl.max((row_slot[:, None] == each[None, :]).to(tl.int32), axis=0)
-    dense = tl.max((row_slot == DENSE).to(tl.int32))
-    parts = tl.sum(used)
-    masks = parts - dense
-    together = 9 * masks + 16 * dense > masks + 16 * tl.cdiv(parts, PASS)
-    if program < count:
-        mine = row_slot == program
-        if together or tl.max(mine.to(tl.int32)) == 0:
+    if SPLITS > 1:
+        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        partial += tile.to(tl.int64) * (SPLITS * OUTS * ROWS)
+        partial += tl.arange(0, OUTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        tl.store(partial + tl.program_id(1) * (OUTS * ROWS), product)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + tile, 1) != SPLITS - 1:
             return
-        product = _kept_product(
-            x, values + program.to(tl.int64) * value_stride, indices + program.to(tl.int64) * index_stride,
-            m, n, rows, outs, groups, x_stride, ROWS, OUTS, STAGES, out.dtype.element_ty, FP32,
-        )  # fmt: skip
-        _store(product, bias, out, m, n, mine, outs)
-    else:
-        # One after the other, the slots that this pass serves; NOBODY once there are no more.
-        at = tl.where(together, used, used * (each == DENSE)) * tl.cumsum(used) - PASS * (program - count)
-        slot0, slot1, slot2, slot3 = _at(each, at, 1), _at(each, at, 2), _at(each, at, 3), _at(each, at, 4)
-        if slot0 == NOBODY:
-            return
-        product = _pass_product(
-            x, weight, indices, row_slot, (slot0, slot1, slot2, slot3), m, n, rows, outs, groups, x_stride,
-            index_stride, ROWS, OUTS, STAGES, out.dtype.element_ty, FP32,
-        )  # fmt: skip
-        mine = (row_slot == slot0) | (row_slot == slot1) | (row_slot == slot2) | (row_slot == slot3)
-        _store(product, bias, out, m, n, mine & (row_slot != NOBODY), outs)
+        tl.store(arrived + tile, 0)
+        product = tl.zeros((OUTS, ROWS), tl.float32)
+        for split in tl.static_range(SPLITS):
+            product += tl.load(partial + split * (OUTS * ROWS), cache_modifier=".cg")
+    _store(product, bias, out, m[None, :], n[:, None], row_slot[None, :] != NOBODY, outs)
 
 
 @triton.jit
-def _at(each, at, place):
-    """The slot whose place is given, else NOBODY."""
-    return tl.max(tl.where(at == place, each, NOBODY))
+def _next(row_slot, slot):
+    """The lowest slot above `slot` that a row uses, or END."""
+    return tl.min(tl.where(row_slot > slot, row_slot, END))
 
 
 @triton.jit
 def _kept_product(
-    x, values, indices, m, n, rows, outs, groups, x_stride,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, STAGES: tl.constexpr, dtype: tl.constexpr, FP32: tl.constexpr,
+    x, slot, indices_at, row, mine, first, last, groups,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """x times the weights that one slot keeps, (ROWS, OUTS): read sparse, multiplied dense."""
-    product = tl.zeros((ROWS, OUTS), tl.float32)
-    blocks = tl.cdiv(groups, BLOCK)
-    for block in tl.range(blocks, num_stages=STAGES):
-        index = _block_indices(indices, n, block, outs, blocks)
+    """The weights that one slot keeps times x, (OUTS, ROWS): read sparse, multiplied dense."""
+    product = tl.zeros((OUTS, ROWS), tl.float32)
+    indices = (slot + indices_at).to(tl.pointer_type(tl.uint8), bitcast=True)
+    indices += row * (tl.cdiv(groups, BLOCK) * WIDTH)
+    values = slot + row * groups
+    for block in tl.range(first, last, num_stages=STAGES):
+        index = tl.load(indices + block * WIDTH + tl.arange(0, WIDTH)[None, :]).to(tl.int32)
         for half in tl.static_range(2):
-            g = block * BLOCK + half * WIDTH + tl.arange(0, WIDTH)
-            kept = _load(values, n[None, :], g[:, None], outs, groups, groups)
-            inputs = _load(x, m[:, None], g[None, :], rows, groups, x_stride)
-            product = _add(product, inputs, _group(kept, index >> (4 * half)), dtype, FP32)
+            start = block * BLOCK + half * WIDTH
+            g = start + tl.arange(0, WIDTH)[None, :]
+            kept = _load(values + g, g < groups, not WHOLE)
+            product = _dot(
+                _weights(kept, index >> (4 * half), OUTS, dtype),
+                _inputs(x, mine, start, groups, WHOLE),
+                product,
+            )
+    return product
+
+
+@triton.jit
+def _dense_product(
+    x, weight, row, mine, first, last, groups,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The dense weight times x, (OUTS, ROWS)."""
+    product = tl.zeros((OUTS, ROWS), tl.float32)
+    weight += row.to(tl.int64) * (4 * groups)
+    for start in tl.range(first * BLOCK, last * BLOCK, WIDTH, num_stages=STAGES):
+        k = 4 * start + tl.arange(0, 4 * WIDTH)[None, :]
+        weights = _load(weight + k, k < 4 * groups, not WHOLE)
+        product = _dot(weights, _inputs(x, mine, start, groups, WHOLE), product)
     return product
 
 
 @triton.jit
 def _pass_product(
-    x, weight, indices, row_slot, slots, m, n, rows, outs, groups, x_stride, index_stride,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, STAGES: tl.constexpr, dtype: tl.constexpr, FP32: tl.constexpr,
+    product, x, weight, slots, indices_at, slot_words, row, row_slot, four, first, last, groups,
+    OUTS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """x times the dense weight as each of four slots masks it, (ROWS, OUTS); the weight is read once.
+    """product + the dense weight as each of four slots masks it times x, (OUTS, ROWS); it is read once.
 
     Rows take the product of their slot by selection: an infinity that one mask keeps never meets the rows
     of another.
     """
-    product = tl.zeros((ROWS, OUTS), tl.float32)
     blocks = tl.cdiv(groups, BLOCK)
-    for block in tl.range(blocks, num_stages=STAGES):
+    weight = weight.to(tl.pointer_type(tl.int16), bitcast=True) + row.to(tl.int64) * (4 * groups)
+    indices = (slots + indices_at).to(tl.pointer_type(tl.uint8), bitcast=True) + row * (blocks * WIDTH)
+    for block in tl.range(first, last, num_stages=STAGES):
+        q = block * WIDTH + tl.arange(0, WIDTH)[None, :]
         for half in tl.static_range(2):
-            g = block * BLOCK + half * WIDTH + tl.arange(0, WIDTH)
-            group = _load(weight, n[None, :], g[:, None], outs, groups, groups)
-            inputs = _load(x, m[:, None], g[None, :], rows, groups, x_stride)
+            start = block * BLOCK + half * WIDTH
+            k = 4 * start + tl.arange(0, 4 * WIDTH)[None, :]
+            weights = _load(weight + k, k < 4 * groups, not WHOLE)
+            inputs = _inputs(x, row_slot[None, :] != NOBODY, start, groups, WHOLE)
             for part in tl.static_range(PASS):
-                slot = slots[part]
-                rows_left = tl.where(slot >= 0, outs, 0)
-                index = _block_indices(
-                    indices + slot.to(tl.int64) * index_stride, n, block, rows_left, blocks
-                )
-                if slot != NOBODY:
-                    kept = _group(tl.full((WIDTH, OUTS), -1, tl.int32), index >> (4 * half))
-                    kept = tl.where(slot == DENSE, -1, kept)
-                    added = _add(product, inputs, group & kept, dtype, FP32)
-                    product = tl.where((row_slot == slot)[:, None], added, product)
+                slot = four[part]
+                beyond = tl.where((slot >= 0) & (slot != END), blocks * WIDTH, 0)
+                at = slot.to(tl.int64) * (4 * slot_words)
+                index = tl.load(indices + at + q, mask=q < beyond, other=0)
+                if slot != END:
+                    ones = tl.full((OUTS, WIDTH), -1, tl.int32)
+                    kept = _weights(ones, index.to(tl.int32) >> (4 * half), OUTS, tl.int16)
+                    kept = tl.where(slot == DENSE, weights, weights & kept)
+                    added = _dot(kept.to(dtype, bitcast=True), inputs, product)
+                    product = tl.where((row_slot == slot)[None, :], added, product)
     return product
 
 
 @triton.jit
-def _block_indices(indices, n, block, outs, blocks):
-    """The indices of a block of rows n, (WIDTH, OUTS) int32 of 8 bits."""
-    q = block * WIDTH + tl.arange(0, WIDTH)
-    return _load(indices, n[None, :], q[:, None], outs, blocks * WIDTH, blocks * WIDTH).to(tl.int32)
+def _inputs(x, mine, start, groups, WHOLE: tl.constexpr):
+    """The inputs of WIDTH groups from `start` on, (4 WIDTH, rows), zeros for rows that are not `mine`."""
+    k = 4 * start + tl.arange(0, 4 * WIDTH)[:, None]
+    return _load(x + k, mine if WHOLE else mine & (k < 4 * groups), True)
 
 
 @triton.jit
-def _load(base, row, g, rows, groups, stride):
-    """Elements g of each row, the rows being `stride` apart; zeros beyond the last row and element."""
-    return tl.load(base + row.to(tl.int64) * stride + g, mask=(row < rows) & (g < groups), other=0)
+def _weights(kept, index, OUTS: tl.constexpr, dtype: tl.constexpr):
+    """Kept weights (OUTS, WIDTH) in their places among zeros, (OUTS, 4 WIDTH)."""
+    low, high = _halves(kept, index)
+    even = tl.join(low.to(tl.int16), high.to(tl.int16))
+    odd = tl.join((low >> 16).to(tl.int16), (high >> 16).to(tl.int16))
+    return tl.join(even, odd).reshape(OUTS, 4 * WIDTH).to(dtype, bitcast=True)
 
 
 @triton.jit
-def _group(kept, index):
-    """Two kept values, int32, put in the places that the lowest 4 bits of `index` name -> int64."""
-    first, second = (index & 3) * 16, ((index >> 2) & 3) * 16
-    return ((kept & 0xFFFF).to(tl.int64) << first) | (((kept >> 16) & 0xFFFF).to(tl.int64) << second)
+def _halves(kept, index):
+    """Weights 0 and 1, and weights 2 and 3, of the groups whose two kept weights are given; int32."""
+    low = tl.full(index.shape, LOW, tl.int64) >> ((index << 4) & 48)
+    high = tl.full(index.shape, HIGH, tl.int64) >> ((index << 2) & 48)
+    return _permute(kept, 0, low.to(tl.int32)), _permute(kept, 0, high.to(tl.int32))
 
 
 @triton.jit
-def _add(product, inputs, group, dtype: tl.constexpr, FP32: tl.constexpr):
-    """product + inputs (ROWS, WIDTH) times group (WIDTH, OUTS), one place of the groups after the other."""
-    for place in tl.static_range(4):
-        left = (inputs >> (16 * place)).to(tl.int16).to(dtype, bitcast=True)
-        right = (group >> (16 * place)).to(tl.int16).to(dtype, bitcast=True)
-        product = _dot(left, right, product, FP32)
-    return product
+def _permute(low, high, selector):
+    """Four of the eight bytes of two int32, by the four lowest hexadecimal digits of `selector`."""
+    if INTERPRETED:
+        both = _pair(low, high)
+        out = low & 0
+        for byte in tl.static_range(4):
+            shift = ((selector >> (4 * byte)) & 7) * 8
+            out |= ((both >> shift) & 255).to(tl.int32) << (8 * byte)
+        return out
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def _dot(left, right, product, FP32: tl.constexpr):
-    """product + left x right; FP32 is for the interpreter, whose dot of bf16 is wrong in Triton 3.9."""
-    if FP32:
+def _pair(low, high):
+    """Two int32 as an int64."""
+    if INTERPRETED:
+        return (low.to(tl.int64) & 0xFFFFFFFF) | ((low * 0 + high).to(tl.int64) << 32)
+    return tl.inline_asm_elementwise(
+        "mov.b64 $0, {$1, $2};", "=l,r,r", [low, high], tl.int64, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _low_float(bits, dtype: tl.constexpr):
+    """The 16-bit float in the low half of an int32."""
+    if dtype == tl.bfloat16:
+        return (bits << 16).to(tl.float32, bitcast=True)
+    return bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _high_float(bits, dtype: tl.constexpr):
+    """The 16-bit float in the high half of an int32."""
+    if dtype == tl.bfloat16:
+        return (bits & -65536).to(tl.float32, bitcast=True)
+    return _low_float(bits >> 16, dtype)
+
+
+@triton.jit
+def _load(pointers, mask, MASKED: tl.constexpr):
+    """Zeros where masked."""
+    if MASKED:
+        return tl.load(pointers, mask=mask, other=0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _dot(left, right, product):
+    """product + left x right; the interpreter's dot of bf16 is wrong in Triton 3.9."""
+    if INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, product, input_precision="ieee")
 
 
 @triton.jit
 def _store(product, bias, out, m, n, mine, outs):
-    """Store the rows that are `mine`, bias added."""
+    """Store the rows m that are `mine`, bias added; one of m and n is a column."""
     if bias is not None:
-        product += tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + m[:, None].to(tl.int64) * outs + n[None, :],
-        product.to(out.dtype.element_ty),
-        mask=mine[:, None] & (n < outs)[None, :],
-    )
+        product += tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)
+    tl.store(out + m.to(tl.int64) * outs + n, product.to(out.dtype.element_ty), mask=mine & (n < outs))
 
 
 @triton.jit(do_not_specialize=["rows", "slot"])
@@ -215,7 +380,6 @@ def rows_of_slot_kernel(
     ROWS: tl.constexpr,
     OUTS: tl.constexpr,
     INS: tl.constexpr,
-    FP32: tl.constexpr,
 ):
     """A tile of the output for the rows of one slot, for many rows; grid (row tiles, out tiles).
 
@@ -230,19 +394,25 @@ def rows_of_slot_kernel(
     product = tl.zeros((ROWS, OUTS), tl.float32)
     for start in range(0, ins, INS):
         k = start + tl.arange(0, INS)
-        left = _load(x, m[:, None], k[None, :], rows, ins, x_stride)
-        right = _load(weight, n[None, :], k[:, None], outs, ins, ins)
-        product = _dot(left, right, product, FP32)
-    _store(product, bias, out, m, n, mine, outs)
+        left = x + m.to(tl.int64)[:, None] * x_stride + k[None, :]
+        right = weight + n.to(tl.int64)[None, :] * ins + k[:, None]
+        product = _dot(
+            _load(left, (m < rows)[:, None] & (k < ins)[None, :], True),
+            _load(right, (n < outs)[None, :] & (k < ins)[:, None], True),
+            product,
+        )
+    _store(product, bias, out, m[:, None], n[None, :], mine[:, None], outs)
 
 
-@triton.jit(do_not_specialize_on_alignment=["used"])
+@triton.jit(do_not_specialize=["slot"], do_not_specialize_on_alignment=["used"])
 def expand_kernel(
-    values,  # (outs, groups) int32
-    indices,  # (outs, blocks, 16) uint8
+    slots,  # (count, slot_words) int32
+    slot,
     used,  # bool: whether any row uses the slot
-    out,  # (outs, groups) int64
+    out,  # (outs, ins)
     groups,
+    slot_words,
+    indices_at,
     GROUPS: tl.constexpr,
 ):
     """A slot back to a dense weight with zeros, or nothing if it is not used; grid (outs, group tiles)."""
@@ -250,20 +420,26 @@ def expand_kernel(
         return
     row = tl.program_id(0)
     g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    kept = tl.load(values + row * groups + g, mask=g < groups, other=0)
+    slots += slot.to(tl.int64) * slot_words
+    kept = tl.load(slots + row * groups + g, mask=g < groups, other=0)
+    indices = (slots + indices_at).to(tl.pointer_type(tl.uint8), bitcast=True)
     q = row * tl.cdiv(groups, BLOCK) * WIDTH + g // BLOCK * WIDTH + g % WIDTH
     index = tl.load(indices + q, mask=g < groups, other=0).to(tl.int32) >> (g // WIDTH % 2 * 4)
-    tl.store(out + row.to(tl.int64) * groups + g, _group(kept, index), mask=g < groups)
+    low, high = _halves(kept, index)
+    out = out.to(tl.pointer_type(tl.int64), bitcast=True)
+    tl.store(out + row.to(tl.int64) * groups + g, _pair(low, high), mask=g < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"])
 def fill_kernel(
-    weight,  # (outs, groups) int64
+    weight,  # (outs, ins)
     packed,  # (outs, row_bytes) uint8
-    values,  # (outs, groups) int32
-    indices,  # (outs, blocks, 16) uint8
+    slots,  # (count, slot_words) int32
+    slot,
     groups,
     row_bytes,
+    slot_words,
+    indices_at,
     GROUPS: tl.constexpr,
 ):
     """Write a mask's kept values and indices into a slot; grid (outs, group tiles).
@@ -273,60 +449,94 @@ def fill_kernel(
     """
     row = tl.program_id(0)
     g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    group = tl.load(weight + row.to(tl.int64) * groups + g, mask=g < groups, other=0)
-    index = _index(packed, row, g, groups, row_bytes)
-    first = (group >> ((index & 3) * 16)) & 0xFFFF
-    second = (group >> ((index >> 2) * 16)) & 0xFFFF
-    tl.store(values + row * groups + g, (first | (second << 16)).to(tl.int32), mask=g < groups)
+    slots += slot.to(tl.int64) * slot_words
+    weight = weight.to(tl.pointer_type(tl.int64), bitcast=True) + row.to(tl.int64) * groups
+    group = tl.load(weight + g, mask=g < groups, other=0)
+    code = _code(packed, row, g, groups, row_bytes)
+    places = 0xED9C84 >> (4 * code)  # 01, 02, 03, 12, 13, 23: the first in two bits, the second in two
+    first = (group >> ((places & 3) * 16)) & 0xFFFF
+    second = (group >> ((places >> 2 & 3) * 16)) & 0xFFFF
+    tl.store(slots + row * groups + g, (first | (second << 16)).to(tl.int32), mask=g < groups)
 
     # The packed bytes are in the first-level cache by now: decoding them again beats exchanging indices.
     q = tl.program_id(1) * (GROUPS // 2) + tl.arange(0, GROUPS // 2)
     g = q // WIDTH * BLOCK + q % WIDTH
-    pair = _index(packed, row, g, groups, row_bytes) | _index(packed, row, g + WIDTH, groups, row_bytes) << 4
+    low = INDEX >> (4 * _code(packed, row, g, groups, row_bytes)) & 15
+    high = INDEX >> (4 * _code(packed, row, g + WIDTH, groups, row_bytes)) & 15
     row_indices = tl.cdiv(groups, BLOCK) * WIDTH
-    tl.store(indices + row * row_indices + q, pair.to(tl.uint8), mask=q < row_indices)
+    indices = (slots + indices_at).to(tl.pointer_type(tl.uint8), bitcast=True) + row * row_indices
+    tl.store(indices + q, (low | high << 4).to(tl.uint8), mask=q < row_indices)
 
 
 @triton.jit
-def metadata_kernel(
-    packed,  # (outs, row_bytes) uint8
-    metadata,  # (outs * groups / 4,) int16
-    groups,
-    row_bytes,
-    words,
-    WORDS: tl.constexpr,
-):
-    """Write the metadata of cuSPARSELt on sm_90; grid (word tiles,). outs % 64 == 0, groups % 8 == 0.
+def _code(packed, row, g, groups, row_bytes):
+    """The base-6 codes of groups g of a row, int32; 0 beyond the last group.
 
-    Tiles of 64 rows and 8 groups follow each other along the row, 128 words each. A word is the indices of
-    groups g and g + 4 in rows r and r + 8. The order is not documented by NVIDIA; FlagGems PR #5281 found
-    it on an H100, and `cusparselt` compares it with the library's own before it is used.
-    """
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    tile, i = word // 128, word % 128
-    r = tile // (groups // 8) * 64 + i // 64 * 32 + i // 32 % 2 * 16 + i // 4 % 8
-    g = tl.where(word < words, tile % (groups // 8) * 8 + i % 4, groups)
-    index = _index(packed, r, g, groups, row_bytes)
-    index |= _index(packed, r + 8, g, groups, row_bytes) << 4
-    index |= _index(packed, r, g + 4, groups, row_bytes) << 8
-    index |= _index(packed, r + 8, g + 4, groups, row_bytes) << 12
-    tl.store(metadata + word, index.to(tl.int16), mask=word < words)
-
-
-@triton.jit
-def _index(packed, row, g, groups, row_bytes):
-    """First kept | second kept << 2 of groups g of a row, int32; 0 beyond the last group.
-
-    A byte is three base-6 digits, least first: b // 6 == b * 171 >> 10 for every b below 216. The constant
-    lists the indices of codes 0 to 5, 4 bits each: 01, 02, 03, 12, 13, 23.
+    A byte is three digits, least first: b // 6 == b * 171 >> 10 for every b below 216.
     """
     byte = tl.load(packed + row * row_bytes + g // 3, mask=g < groups, other=0).to(tl.int32)
     sixth = (byte * 171) >> 10
     thirtysixth = (sixth * 171) >> 10
     place = g % 3
-    code = tl.where(
+    return tl.where(
         place == 0,
         byte - 6 * sixth,
         tl.where(place == 1, sixth - 6 * thirtysixth, thirtysixth),
     )
-    return tl.where(g < groups, (0xED9C84 >> (4 * code)) & 15, 0)
+
+
+@triton.jit(do_not_specialize=["slot"])
+def metadata_kernel(
+    slots,  # (count, slot_words) int32
+    slot,
+    outs,
+    groups,
+    slot_words,
+    indices_at,
+    UNITS: tl.constexpr,
+):
+    """Write a filled slot's metadata for cuSPARSELt on sm_90; grid (unit tiles,). outs % 64 == 0 == groups % 8.
+
+    Tiles of 64 rows and 8 groups follow each other along the row, 128 words of 16 bits each. A word is the
+    places of groups g and g + 4 in rows r and r + 8, first | second << 2. The order is not documented by
+    NVIDIA; FlagGems PR #5281 found it on an H100, and `gpu` compares it with the library's own before it is
+    used. A unit is rows r and r + 8 in half of a block's bytes: four words in each of two tiles.
+    """
+    blocks = tl.cdiv(groups, BLOCK)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    inside = unit < outs * blocks
+    eight, half, block, rows = unit % 8, unit // 8 % 2, unit // 16 % blocks, unit // 16 // blocks
+    slots += slot.to(tl.int64) * slot_words
+    indices = (slots + indices_at).to(tl.pointer_type(tl.int64), bitcast=True)
+    at = (rows * 16 + eight) * (2 * blocks) + 2 * block + half
+    upper = _places(tl.load(indices + at, mask=inside, other=0))
+    lower = _places(tl.load(indices + at + 16 * blocks, mask=inside, other=0))
+    metadata = (slots + outs * groups).to(tl.pointer_type(tl.int64), bitcast=True)
+    for nibble in tl.static_range(2):
+        tile = 4 * block + 2 * nibble + half
+        word = _nibbles(upper, nibble) | (_nibbles(lower, nibble) << 4)
+        target = ((rows // 4 * (groups // 8) + tile) * 4 + rows % 4) * 8 + eight
+        words = _spread(word) | (_spread(word >> 32) << 8)
+        tl.store(metadata + target, words, mask=inside & (tile < groups // 8))
+
+
+@triton.jit
+def _places(index):
+    """Sixteen indices as the places of the kept weights: a 3 in the low two bits is 0, a 0 in the high is 3."""
+    first, second = index & 0x3333333333333333, (index >> 2) & 0x3333333333333333
+    both = first & (first >> 1) & 0x1111111111111111
+    none = 0x1111111111111111 & ~(second | (second >> 1))
+    return (first ^ (both * 3)) | ((second | (none * 3)) << 2)
+
+
+@triton.jit
+def _nibbles(bytes_, nibble: tl.constexpr):
+    """The low or the high nibble of each of 8 bytes."""
+    return (bytes_ >> (4 * nibble)) & 0x0F0F0F0F0F0F0F0F
+
+
+@triton.jit
+def _spread(bytes_):
+    """The four lowest bytes, each in 16 bits."""
+    pairs = ((bytes_ & 0xFFFFFFFF) | (bytes_ << 16)) & 0x0000FFFF0000FFFF
+    return (pairs | (pairs << 8)) & 0x00FF00FF00FF00FF

@@ -6,6 +6,9 @@ is imported: TRITON_INTERPRET=1 python -m pytest tests/maskllm/kernels/interpret
 The oracle multiplies in float64 by where(mask, weight, 0).
 """
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -210,14 +213,18 @@ def test_a_weight_without_whole_groups_in_memory_is_refused(weight):
 
 
 class Library:
-    """cuSPARSELt on sm_90: compresses 2:4 weights, and multiplies by them."""
+    """cuSPARSELt on sm_90: compresses 2:4 weights, and multiplies by them with three algorithms."""
 
     off_by = 0.0
     """What its products are off by."""
     xor = 0
     """Changes the order of its metadata: another GPU's."""
     values_in_rows = True
-    multiplied = 0
+    seconds = (3.0, 1.0, 2.0, 9.0) + (2.0, 3.0, 1.0, 9.0)
+    """What the algorithms take, and then torch: of few rows, and of more."""
+
+    def __init__(self):
+        self.multiplied = []
 
     def compress(self, dense):
         outs, ins = dense.shape
@@ -228,7 +235,7 @@ class Library:
         nibbles[self.places(outs, ins) ^ self.xor] = index
         words = (nibbles.view(-1, 4) << torch.tensor([0, 4, 8, 12])).sum(1).to(torch.int16)
         values = dense[kept] if self.values_in_rows else dense[kept].flip(0)
-        return torch.cat([values, words.view(dense.dtype)]).view(outs, -1)
+        return torch.cat([values, words.view(dense.dtype)])
 
     def places(self, outs, ins):
         """Where in the metadata the nibble of each group is: FlagGems' formula, commit cb2fbcb2b."""
@@ -238,65 +245,62 @@ class Library:
             + r % 32 // 8 % 2 + r % 32 // 16 * 128 + g % 4 * 4 + (g % 8 >= 4) * 2
         )  # fmt: skip
 
-    def search(self, _compressed, _x, transpose_result):
-        assert transpose_result
-        return 7
+    def plan(self, outs, ins, rows, _dtype, _device, algorithm, _biased):
+        if algorithm > 2:
+            raise RuntimeError("cusparseLtMatmulAlgSetAttribute failed with status 3")
+        assert rows % 8 == 0
+        return SimpleNamespace(multiply=partial(self.multiply, outs, ins, algorithm))
 
-    def multiply(self, compressed, x, bias=None, transpose_result=False, alg_id=0):
-        assert transpose_result
-        assert alg_id == 7
-        assert x.shape[1] % 8 == 0
-        self.multiplied += 1
-        outs, ins = compressed.shape[0], compressed.shape[1] * 16 // 9
-        flat = compressed.reshape(-1)
-        words = flat[outs * ins // 2 :].view(torch.int16).int()
+    def multiply(self, outs, ins, algorithm, compressed, x, bias, out):
+        self.multiplied.append(algorithm)
+        words = compressed[outs * ins // 2 :].view(torch.int16).int()
         nibbles = ((words[:, None] >> torch.tensor([0, 4, 8, 12])) & 15).view(-1)
         index = nibbles[self.places(outs, ins) ^ self.xor].long()
         columns = torch.stack([index & 3, index >> 2], -1) + torch.arange(0, ins, 4)[:, None]
         dense = torch.zeros(outs, ins, dtype=x.dtype)
-        values = flat[: outs * ins // 2]
+        values = compressed[: outs * ins // 2]
         values = values if self.values_in_rows else values.flip(0)
         dense.scatter_(1, columns.view(outs, -1), values.view(outs, -1))
-        return torch.nn.functional.linear(x.t(), dense, bias) + self.off_by
+        out.copy_(torch.nn.functional.linear(x, dense, bias) + self.off_by)
 
 
 @pytest.fixture
 def library(monkeypatch):
-    library, seconds = Library(), iter([1.0, 2.0])
-    monkeypatch.setattr(cusparselt, "_available", lambda _: True)
-    monkeypatch.setattr(cusparselt, "_seconds", lambda _: next(seconds))
-    monkeypatch.setattr(torch, "_cslt_compress", library.compress)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", library.multiply)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", library.search)
+    library, clock = Library(), []
+
+    def seconds(work):
+        work()
+        clock.append(None)
+        return library.seconds[len(clock) - 1]
+
+    monkeypatch.setattr(cusparselt, "TUNED", {70: 16, 1 << 30: 24})
+    monkeypatch.setattr(cusparselt, "available", lambda _: True)
+    monkeypatch.setattr(cusparselt, "compress", library.compress)
+    monkeypatch.setattr(cusparselt, "_plan", library.plan)
+    monkeypatch.setattr(cusparselt, "_seconds", seconds)
     yield library
-    cusparselt.algorithm.cache_clear()
-    cusparselt._knows_order.cache_clear()
+    gpu.prefill.cache_clear()
+    gpu._knows_order.cache_clear()
 
 
-@pytest.fixture(autouse=True)
-def few(monkeypatch):
-    """As few rows as are enough to tell prefill from decode: the interpreter is slow."""
-    monkeypatch.setattr(cusparselt, "LEAST_ROWS", 72)
+def prefill(outs=128, ins=96):
+    return gpu.prefill(outs, ins, torch.bfloat16, torch.device("cpu"))
 
 
-def algorithm(outs=128, ins=96):
-    return cusparselt.algorithm(outs, ins, torch.bfloat16, torch.device("cpu"))
-
-
-def test_our_metadata_kernel_writes_the_order_of_sm_90():
-    mask = best(torch.rand(192, 160))
-    metadata = torch.zeros(192 * 160 // 32, dtype=torch.int32)
-    cusparselt._write_sm90(metadata, pack(encode(mask)))
-    compressed = Library().compress(mask.bfloat16()).view(-1)
-    assert torch.equal(metadata, compressed[mask.numel() // 2 :].view(torch.int32))
+@pytest.mark.parametrize(("outs", "ins"), [(64, 32), (192, 160), (64, 128)])
+def test_a_slot_is_what_the_library_of_sm_90_makes_of_a_mask(outs, ins, library):
+    layer = Layer(outs, ins, count=2)
+    for slot in range(2):
+        ours = gpu._compressed(layer.slots, slot, layer.weight)
+        assert torch.equal(ours.view(torch.int16), library.compress(layer.masked(slot)).view(torch.int16))
 
 
 @pytest.mark.parametrize("xor", [0, 1])
-def test_prefill_of_one_mask_uses_the_sparse_tensor_cores_of_any_gpu(library, xor):
+def test_prefill_of_one_mask_uses_the_fastest_algorithm_of_any_gpu(library, xor):
     library.xor = xor
     layer, bias = Layer(64, 32, count=1), torch.randn(64, dtype=torch.bfloat16)
-    library.multiplied = 0
-    for rows, used in ((71, 0), (72, 1), (75, 2)):
+    library.multiplied.clear()
+    for rows, used in ((64, []), (65, [1]), (70, [1, 1]), (71, [1, 1, 2])):
         layer.check(torch.randn(rows, 32, dtype=torch.bfloat16), [0] * rows, bias, present=(0,))
         assert library.multiplied == used
     layer.check(torch.randn(9, 32, dtype=torch.bfloat16), mixed(9, 1))
@@ -307,41 +311,39 @@ def test_a_swap_reaches_prefill_and_decode_alike():
     layer = Layer(64, 32, count=1)
     layer.masks[0] = best(torch.rand(64, 32))
     gpu.fill(layer.slots, 0, layer.weight, pack(encode(layer.masks[0])))
-    for rows in (1, 72):
+    for rows in (1, 2, 72):
         layer.check(torch.randn(rows, 32, dtype=torch.bfloat16), [0] * rows, present=(0,))
 
 
 def test_dense_is_used_where_sparse_is_wrong(library):
     library.off_by = torch.nan
-    assert algorithm() is None
+    assert prefill() == {}
 
 
 def test_dense_is_used_where_the_library_stores_values_in_another_order(library):
     library.values_in_rows = False
-    assert algorithm() is None
+    assert prefill() == {}
 
 
-@pytest.mark.usefixtures("library")
-def test_dense_is_used_where_sparse_is_slower(monkeypatch):
-    seconds = iter([2.0, 1.0])
-    monkeypatch.setattr(cusparselt, "_seconds", lambda _: next(seconds))
-    assert algorithm() is None
+def test_dense_is_used_where_sparse_is_slower(library):
+    library.seconds = (3.0, 3.0, 3.0, 2.0)
+    assert prefill() == {}
 
 
 def test_dense_is_used_where_the_library_does_not_know_the_gpu(library, monkeypatch):
     def compress(_dense):
         raise RuntimeError("CUDA error: architecture mismatch when calling `cusparseLtInit(&handle)`")
 
-    monkeypatch.setattr(torch, "_cslt_compress", compress)
-    assert algorithm() is None
-    assert library.multiplied == 0
+    monkeypatch.setattr(cusparselt, "compress", compress)
+    assert prefill() == {}
+    assert library.multiplied == []
 
 
 @pytest.mark.usefixtures("library")
 def test_dense_is_used_where_the_shape_does_not_fit():
-    assert algorithm() == 7
-    assert algorithm(outs=96) is None
-    assert algorithm(ins=172) is None
+    assert prefill() == {70: 1, 1 << 30: 2}
+    assert prefill(outs=96) == {}
+    assert prefill(ins=172) == {}
 
 
 def test_the_kernels_are_interpreted_here():

@@ -37,33 +37,38 @@ def test_the_kernels_keep_their_promises_under_the_interpreter():
     assert run.returncode == 0, run.stdout
 
 
-LINEAR = {
-    "x": "*i64", "weight": "*i64", "values": "*i32", "indices": "*u8", "row_slots": "*i32", "bias": "*bf16",
-    "out": "*bf16", "rows": "i32", "outs": "i32", "groups": "i32", "x_stride": "i32", "value_stride": "i32",
-    "index_stride": "i32", "count": "i32", "SLOTS": 16, "FP32": False,
+SLOT = {"slots": "*i32", "slot": "i32", "groups": "i32", "slot_words": "i32", "indices_at": "i32"}
+ROW = SLOT | {
+    "x": "*bf16", "weight": "*bf16", "row_slots": "*i32", "bias": "*bf16", "out": "*bf16", "PAIRS": gpu.PAIRS,
+}  # fmt: skip
+LINEAR = SLOT | {
+    "x": "*bf16", "weight": "*bf16", "row_slots": "*i32", "bias": "*bf16", "out": "*bf16", "partial": "*fp32",
+    "arrived": "*i32", "rows": "i32", "outs": "i32", "x_stride": "i32", "SPLITS": 4,
 }  # fmt: skip
 ROWS_OF_SLOT = {
     "x": "*bf16", "weight": "*bf16", "row_slots": "*i32", "slot": "i32", "bias": "*bf16", "out": "*bf16",
-    "rows": "i32", "outs": "i32", "ins": "i32", "x_stride": "i32", "FP32": False,
+    "rows": "i32", "outs": "i32", "ins": "i32", "x_stride": "i32",
 }  # fmt: skip
-FILL = {
-    "weight": "*i64", "packed": "*u8", "values": "*i32", "indices": "*u8",
-    "groups": "i32", "row_bytes": "i32",
-}  # fmt: skip
-EXPAND = {"values": "*i32", "indices": "*u8", "used": "*u1", "out": "*i64", "groups": "i32"}
-METADATA = {"packed": "*u8", "metadata": "*i16", "groups": "i32", "row_bytes": "i32", "words": "i32"}
+FILL = SLOT | {"weight": "*bf16", "packed": "*u8", "row_bytes": "i32", "GROUPS": 1024}
+EXPAND = SLOT | {"used": "*u1", "out": "*bf16", "GROUPS": 1024}
+METADATA = SLOT | {"outs": "i32", "UNITS": 512}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(
     ("kernel", "arguments", "options"),
     [
-        ("linear_kernel", LINEAR | gpu.FEW_TILE, {}),
-        ("linear_kernel", LINEAR | gpu.SOME_TILE, {}),
+        ("row_kernel", ROW, {"num_warps": 1}),
+        *[
+            ("linear_kernel", LINEAR | tile | {"WHOLE": whole, "TOGETHER": together}, options)
+            for tile, options in (gpu.FEW_TILE, gpu.SOME_TILE)
+            for whole in (True, False)
+            for together in (True, False)
+        ],
         ("rows_of_slot_kernel", ROWS_OF_SLOT | gpu.MANY_TILE, gpu.MANY_OPTIONS),
-        ("fill_kernel", FILL | {"GROUPS": 1024}, {}),
-        ("expand_kernel", EXPAND | {"GROUPS": 1024}, {}),
-        ("metadata_kernel", METADATA | {"WORDS": 512}, {}),
+        ("fill_kernel", FILL, {"num_warps": 8}),
+        ("expand_kernel", EXPAND, {}),
+        ("metadata_kernel", METADATA, {}),
     ],
 )
 def test_each_kernel_compiles_for_each_gpu_without_spills(capability, kernel, arguments, options, tmp_path):
@@ -81,6 +86,9 @@ def test_each_kernel_compiles_for_each_gpu_without_spills(capability, kernel, ar
     assert compiled.metadata.shared <= 99 * 1024
     multiplies = re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", compiled.asm["ptx"])
     assert bool(multiplies) == (kernel in ("linear_kernel", "rows_of_slot_kernel"))
+    if kernel == "row_kernel":  # whole groups of weights and inputs, and nothing to wait for
+        assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])
+        assert "bar.sync" not in compiled.asm["ptx"]
     if kernel == "linear_kernel":  # loads run ahead of the products
         assert "cp.async" in compiled.asm["ptx"]
     if kernel == "fill_kernel":  # whole groups, two at a time; no single weights
