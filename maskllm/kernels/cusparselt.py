@@ -1,12 +1,13 @@
-"""Prefill by the sparse tensor cores: cuSPARSELt's multiplication by a slot, called where it is right and faster.
+"""Prefill by the sparse tensor cores: cuSPARSELt's product with a slot, called where it is right and faster.
 
 cuSPARSELt reads one buffer: the kept values row by row, then metadata in an order of its own, which it
-documents for no GPU (`gpu.prefill` proves ours). torch has an operator for it, but makes its plan anew in each
-call: 570 us before a product of 70 (H200, torch 2.11). So the library that torch has loaded is called here,
-with plans that are kept. Its constants and signatures are those of cusparseLt.h, version 0.8.
+documents for no GPU (`gpu.prefill` proves ours). torch has an operator for it, but makes its plan anew in
+each call: 570 us around a product of 70 (H200, torch 2.11). So the library that torch has loaded is called
+here, with plans that are kept. Its constants and signatures are those of cusparseLt.h, version 0.8.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from ctypes import (
     CDLL,
     byref,
@@ -19,7 +20,7 @@ from ctypes import (
     create_string_buffer,
     sizeof,
 )
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -76,26 +77,31 @@ def fastest(compressed: Tensor, weight: Tensor, mask: Tensor) -> dict[int, int]:
     is wrong, or slower than masking and a dense product.
     """
     masked = torch.where(mask, weight, 0)
+    outs, ins = weight.shape
     chosen = {}
     for most_rows, rows in TUNED.items():
-        x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        bias = torch.randn(len(weight), dtype=weight.dtype, device=weight.device)
+        x = torch.randn(rows, ins, dtype=weight.dtype, device=weight.device)
+        bias = torch.randn(outs, dtype=weight.dtype, device=weight.device)
         expected = functional.linear(x, masked, bias).float()
         seconds = {}
         for number in range(TRIED):
-            try:
-                seconds[number] = _seconds(lambda: linear(x, compressed, len(weight), None, number))  # noqa: B023
-            except RuntimeError:  # there is no such algorithm, or not for this shape
-                continue
-        best = min(seconds, key=lambda number: seconds[number])  # noqa: B023
+            with suppress(RuntimeError):  # there is no such algorithm, or not for this shape
+                seconds[number] = _seconds(partial(linear, x, compressed, outs, None, number))
+        if not seconds:
+            return {}
+        best = min(seconds, key=seconds.__getitem__)
         for _ in range(3):
-            wrong = (linear(x, compressed, len(weight), bias, best).float() - expected).abs().max()
+            wrong = (linear(x, compressed, outs, bias, best).float() - expected).abs().max()
             if not wrong <= 0.02 * expected.abs().max():  # a nan is wrong too
                 return {}
-        if seconds[best] > _seconds(lambda: functional.linear(x, torch.where(mask, weight, 0))):  # noqa: B023
+        if seconds[best] > _seconds(partial(_by_torch, x, weight, mask)):
             return {}
         chosen[most_rows] = best
     return chosen
+
+
+def _by_torch(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    return functional.linear(x, torch.where(mask, weight, 0))
 
 
 class _Plan:

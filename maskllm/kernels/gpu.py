@@ -27,13 +27,12 @@ FEW_ROWS = 64
 """Up to here a step is bound by reading weights, and beyond by multiplying."""
 PAIRS = 128
 """Of groups that a warp multiplies at once for one row."""
-FEW_TILE = {"ROWS": 8, "OUTS": 32, "STAGES": 3}, {"num_warps": 1}
-SOME_TILE = {"ROWS": 16, "OUTS": 32, "STAGES": 3}, {"num_warps": 2}
-"""Tiles of up to 8 rows, and of more."""
-TOGETHER = 4
-"""From so many slots on, the passes are faster."""
-PROGRAMS = 6
-"""Programs of `linear_kernel` for each multiprocessor, at most: their registers have room for about as many."""
+FEW_TILES = [
+    ({"ROWS": 8, "OUTS": 32, "STAGES": 3}, {"num_warps": 2}, 6),
+    ({"ROWS": 16, "OUTS": 32, "STAGES": 3}, {"num_warps": 2}, 6),
+    ({"ROWS": 32, "OUTS": 32, "STAGES": 3}, {"num_warps": 2}, 4),
+]
+"""Tiles of `linear_kernel` for up to so many rows; how many of its programs a multiprocessor has room for."""
 MANY_TILE, MANY_OPTIONS = {"ROWS": 128, "OUTS": 128, "INS": 64}, {"num_warps": 8, "num_stages": 3}
 
 
@@ -92,7 +91,7 @@ def linear(
     if rows == 1:
         return _one_row(x, weight, slots, row_slots, bias)
     if rows <= FEW_ROWS:
-        return _few_rows(x, weight, slots, row_slots, bias, present)
+        return _few_rows(x, weight, slots, row_slots, bias)
     if present is not None and len(present) == 1:
         return _one_slot(x, weight, slots, present[0], bias)
     return _many_slots(x, weight, slots, row_slots, bias, present)
@@ -106,20 +105,23 @@ class Layout:
     groups: int
     metadata: int
     """cuSPARSELt's metadata; 0 where prefill does not use it."""
+    indices_at: int
+    words: int
 
     @classmethod
     def of(cls, weight: Tensor) -> "Layout":
-        outs, ins = weight.shape
-        proven = prefill(outs, ins, weight.dtype, weight.device)
-        return cls(outs, ins // 4, outs * ins // 32 if proven else 0)
+        return _layout(*weight.shape, weight.dtype, weight.device)
 
-    @property
-    def words(self) -> int:
-        return _aligned(self.indices_at + self.outs * _tiles(self.groups, 32) * 4)
+    @classmethod
+    def make(cls, outs: int, ins: int, sparse_prefill: bool) -> "Layout":
+        groups, metadata = ins // 4, outs * ins // 32 * sparse_prefill
+        indices_at = _aligned(outs * groups + metadata)
+        return cls(outs, groups, metadata, indices_at, _aligned(indices_at + outs * _tiles(groups, 32) * 4))
 
-    @property
-    def indices_at(self) -> int:
-        return _aligned(self.outs * self.groups + self.metadata)
+
+@cache
+def _layout(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> Layout:
+    return Layout.make(outs, ins, bool(prefill(outs, ins, dtype, device)))
 
 
 @cache
@@ -127,7 +129,7 @@ def prefill(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> di
     """cuSPARSELt's algorithm for up to so many rows of weights (outs, ins); empty where it is not to be used.
 
     Nothing is taken on trust: a slot must be what the library makes of the same mask, byte by byte, and a
-    product must be the dense one's, and faster. Takes half a second, once a shape.
+    product must be the dense one's, and faster. Takes 3 seconds, once a shape.
     """
     if outs % 64 or ins % 32 or not cusparselt.available(device):
         return {}
@@ -135,7 +137,7 @@ def prefill(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> di
         weight = (torch.rand(outs, ins, device=device) + 0.5).to(dtype)  # a zero would seem dropped
         mask = best(torch.rand(outs, ins, device=device))
         masked = torch.where(mask, weight, 0)
-        layout = Layout(outs, ins // 4, outs * ins // 32)
+        layout = Layout.make(outs, ins, True)
         slots = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
         _fill(layout, slots, 0, weight, pack(encode(mask)))
         compressed = _compressed(slots, 0, weight)
@@ -151,7 +153,7 @@ def prefill(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> di
 def _knows_order(device: torch.device) -> bool:
     """Whether our kernel writes the metadata that this GPU's cuSPARSELt does."""
     mask = best(torch.rand(64, 128, device=device))
-    layout = Layout(64, 32, 64 * 128 // 32)
+    layout = Layout.make(64, 128, True)
     slots = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
     ones = torch.ones(64, 128, dtype=torch.bfloat16, device=device)
     _fill(layout, slots, 0, ones, pack(encode(mask)), ours=True)
@@ -192,8 +194,8 @@ def _compressed(slots: Tensor, slot: int, weight: Tensor) -> Tensor:
 def _one_row(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
     """By the kernel that waits for nothing."""
     layout = Layout.of(weight)
-    if x.stride(1) != 1 or x.data_ptr() % 8:
-        x = x.contiguous()
+    if x.stride(1) != 1 or x.data_ptr() % 8:  # whole groups are loaded
+        x = x.clone(memory_format=torch.contiguous_format)
     out = x.new_empty(1, layout.outs)
     kernels.row_kernel[layout.outs,](
         x, weight, slots, row_slots, bias, out, layout.groups, layout.words, layout.indices_at,
@@ -202,43 +204,36 @@ def _one_row(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: 
     return out
 
 
-def _few_rows(
-    x: Tensor,
-    weight: Tensor,
-    slots: Tensor,
-    row_slots: Tensor,
-    bias: Tensor | None,
-    present: tuple[int, ...] | None,
-) -> Tensor:
-    """By the tensor cores, each slot alone, or by passes over the dense weight that many slots share."""
+def _few_rows(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
+    """By the tensor cores, from weights read sparse."""
     layout, rows = Layout.of(weight), x.shape[0]
     if x.stride(1) != 1:
         x = x.contiguous()
     out = x.new_empty(rows, layout.outs)
-    tile, options = FEW_TILE if rows <= FEW_TILE[0]["ROWS"] else SOME_TILE
+    tile, options, room = next((one for one in FEW_TILES if rows <= one[0]["ROWS"]), FEW_TILES[-1])
     tiles = _tiles(layout.outs, tile["OUTS"]), _tiles(rows, tile["ROWS"])
-    splits = _splits(tiles[0] * tiles[1], x.device)
+    splits = _splits(tiles[0] * tiles[1], room * _processors(x.device))
     partial = x.new_empty(tiles[0] * tiles[1] * splits * tile["OUTS"] * tile["ROWS"], dtype=torch.float32)
     kernels.linear_kernel[tiles[0], splits, tiles[1]](
         x, weight, slots, row_slots, bias, out, partial, _arrived(x.device),
-        rows, layout.outs, layout.groups, x.stride(0), layout.words, layout.indices_at, SPLITS=splits,
-        WHOLE=layout.groups % 32 == 0, TOGETHER=len(present or ()) >= TOGETHER, **tile, **options,
+        rows, layout.outs, layout.groups, x.stride(0), layout.words, layout.indices_at,
+        SPLITS=splits, WHOLE=layout.groups % 32 == 0, **tile, **options,
     )  # fmt: skip
     return out
 
 
-@cache
-def _splits(tiles: int, device: torch.device) -> int:
-    """Into how many parts the inputs are divided so that the GPU is full."""
-    processors = 132 if device.type == "cpu" else _processors(device)
-    splits = 1
-    while splits < 8 and 2 * splits * tiles <= PROGRAMS * processors:
-        splits *= 2
+def _splits(tiles: int, room: int) -> int:
+    """Into how many parts the inputs are divided so that the GPU is full: 1, 2, 4 or 8."""
+    splits = 8
+    while splits > 1 and splits * tiles > room:
+        splits //= 2
     return splits
 
 
 @cache
 def _processors(device: torch.device) -> int:
+    if device.type == "cpu":  # Triton's interpreter
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -28,8 +28,6 @@ WIDTH = tl.constexpr(16)
 """Groups that are multiplied at once."""
 BLOCK = tl.constexpr(32)
 """Groups in a block."""
-PASS = tl.constexpr(4)
-"""Slots that share one reading of the dense weight."""
 DENSE = tl.constexpr(-1)
 """The slot of rows that use the base's own weights."""
 NOBODY = tl.constexpr(-2)
@@ -136,14 +134,14 @@ def linear_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr,  # whether the last block is whole
-    TOGETHER: tl.constexpr,
 ):
     """A part of the inputs' share in a tile (OUTS, ROWS) of the output; grid (out tiles, SPLITS, row tiles).
 
-    Slot after slot, 9 bits a weight each and 16 for dense rows; or TOGETHER, by passes over the dense weight
-    that read 16 bits for up to four of them, and 1 more for each slot. The slots are those that the rows
-    use: nothing of that is decided on the host, so a captured graph stays right whatever `row_slots` and the
-    slots hold. The product is turned, as the tensor cores want their first operand in registers.
+    Slot after slot, 9 bits a weight each and 16 for dense rows; the slots are those that the rows use. So
+    nothing is decided on the host, and a captured graph stays right whatever `row_slots` and the slots hold.
+    The product is turned, as the tensor cores want their first operand in registers. Reading the dense
+    weight once for four slots and masking it for each was slower for any number of slots (H200: 47 against
+    30 us for four, 89 against 55 for eight): what binds is not the bits.
 
     The program that arrives last adds the parts up, always in the same order.
     """
@@ -158,28 +156,18 @@ def linear_kernel(
     product = tl.zeros((OUTS, ROWS), tl.float32)
     slot = _next(row_slot, NOBODY)
     while slot != END:
-        if TOGETHER:
-            slot1 = _next(row_slot, slot)
-            slot2 = _next(row_slot, slot1)
-            slot3 = _next(row_slot, slot2)
-            product = _pass_product(
-                product, x, weight, slots, indices_at, slot_words, row, row_slot, (slot, slot1, slot2, slot3),
-                first, last, groups, OUTS, STAGES, WHOLE, out.dtype.element_ty,
+        mine = (row_slot == slot)[None, :]
+        if slot == DENSE:
+            alone = _dense_product(
+                x, weight, row, mine, first, last, groups, ROWS, OUTS, WHOLE
             )  # fmt: skip
-            slot = slot3
         else:
-            mine = (row_slot == slot)[None, :]
-            if slot == DENSE:
-                alone = _dense_product(
-                    x, weight, row, mine, first, last, groups,
-                    ROWS, OUTS, STAGES, WHOLE, out.dtype.element_ty,
-                )  # fmt: skip
-            else:
-                alone = _kept_product(
-                    x, slots + slot.to(tl.int64) * slot_words, indices_at, row, mine, first, last, groups,
-                    ROWS, OUTS, STAGES, WHOLE, out.dtype.element_ty,
-                )  # fmt: skip
-            product = tl.where(mine, alone, product)
+            alone = _kept_product(
+                x, slots + slot.to(tl.int64) * slot_words, indices_at, row, mine, first, last, groups,
+                ROWS, OUTS, STAGES, WHOLE, out.dtype.element_ty,
+            )  # fmt: skip
+        # By selection: an infinity that one mask keeps never meets the rows of another.
+        product = tl.where(mine, alone, product)
         slot = _next(row_slot, slot)
 
     if SPLITS > 1:
@@ -230,49 +218,15 @@ def _kept_product(
 @triton.jit
 def _dense_product(
     x, weight, row, mine, first, last, groups,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, dtype: tl.constexpr,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The dense weight times x, (OUTS, ROWS)."""
+    """The dense weight times x, (OUTS, ROWS). Not pipelined: that takes registers from `_kept_product`."""
     product = tl.zeros((OUTS, ROWS), tl.float32)
     weight += row.to(tl.int64) * (4 * groups)
-    for start in tl.range(first * BLOCK, last * BLOCK, WIDTH, num_stages=STAGES):
+    for start in tl.range(first * BLOCK, last * BLOCK, WIDTH, num_stages=1):
         k = 4 * start + tl.arange(0, 4 * WIDTH)[None, :]
         weights = _load(weight + k, k < 4 * groups, not WHOLE)
         product = _dot(weights, _inputs(x, mine, start, groups, WHOLE), product)
-    return product
-
-
-@triton.jit
-def _pass_product(
-    product, x, weight, slots, indices_at, slot_words, row, row_slot, four, first, last, groups,
-    OUTS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """product + the dense weight as each of four slots masks it times x, (OUTS, ROWS); it is read once.
-
-    Rows take the product of their slot by selection: an infinity that one mask keeps never meets the rows
-    of another.
-    """
-    blocks = tl.cdiv(groups, BLOCK)
-    weight = weight.to(tl.pointer_type(tl.int16), bitcast=True) + row.to(tl.int64) * (4 * groups)
-    indices = (slots + indices_at).to(tl.pointer_type(tl.uint8), bitcast=True) + row * (blocks * WIDTH)
-    for block in tl.range(first, last, num_stages=STAGES):
-        q = block * WIDTH + tl.arange(0, WIDTH)[None, :]
-        for half in tl.static_range(2):
-            start = block * BLOCK + half * WIDTH
-            k = 4 * start + tl.arange(0, 4 * WIDTH)[None, :]
-            weights = _load(weight + k, k < 4 * groups, not WHOLE)
-            inputs = _inputs(x, row_slot[None, :] != NOBODY, start, groups, WHOLE)
-            for part in tl.static_range(PASS):
-                slot = four[part]
-                beyond = tl.where((slot >= 0) & (slot != END), blocks * WIDTH, 0)
-                at = slot.to(tl.int64) * (4 * slot_words)
-                index = tl.load(indices + at + q, mask=q < beyond, other=0)
-                if slot != END:
-                    ones = tl.full((OUTS, WIDTH), -1, tl.int32)
-                    kept = _weights(ones, index.to(tl.int32) >> (4 * half), OUTS, tl.int16)
-                    kept = tl.where(slot == DENSE, weights, weights & kept)
-                    added = _dot(kept.to(dtype, bitcast=True), inputs, product)
-                    product = tl.where((row_slot == slot)[None, :], added, product)
     return product
 
 
@@ -495,12 +449,13 @@ def metadata_kernel(
     indices_at,
     UNITS: tl.constexpr,
 ):
-    """Write a filled slot's metadata for cuSPARSELt on sm_90; grid (unit tiles,). outs % 64 == 0 == groups % 8.
+    """Write a filled slot's metadata for cuSPARSELt on sm_90; grid (unit tiles,).
 
-    Tiles of 64 rows and 8 groups follow each other along the row, 128 words of 16 bits each. A word is the
-    places of groups g and g + 4 in rows r and r + 8, first | second << 2. The order is not documented by
-    NVIDIA; FlagGems PR #5281 found it on an H100, and `gpu` compares it with the library's own before it is
-    used. A unit is rows r and r + 8 in half of a block's bytes: four words in each of two tiles.
+    `outs` is a multiple of 64 and `groups` of 8. Tiles of 64 rows and 8 groups follow each other along the
+    row, 128 words of 16 bits each. A word is the places of groups g and g + 4 in rows r and r + 8,
+    first | second << 2. The order is not documented by NVIDIA; FlagGems PR #5281 found it on an H100, and
+    `gpu` compares it with the library's own before it is used. A unit is rows r and r + 8 in half of a
+    block's bytes: four words in each of two tiles.
     """
     blocks = tl.cdiv(groups, BLOCK)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
@@ -522,7 +477,7 @@ def metadata_kernel(
 
 @triton.jit
 def _places(index):
-    """Sixteen indices as the places of the kept weights: a 3 in the low two bits is 0, a 0 in the high is 3."""
+    """Sixteen indices as places of kept weights: a 3 in the low two bits is 0, a 0 in the high two is 3."""
     first, second = index & 0x3333333333333333, (index >> 2) & 0x3333333333333333
     both = first & (first >> 1) & 0x1111111111111111
     none = 0x1111111111111111 & ~(second | (second >> 1))

@@ -111,7 +111,7 @@ def test_only_the_slots_of_a_batch_are_read():
         layer.check(torch.randn(len(rows), 44, dtype=torch.bfloat16), rows)
 
 
-@pytest.mark.parametrize("rows", [6, 66])
+@pytest.mark.parametrize("rows", [1, 6, 66])
 def test_rows_may_lie_apart(rows):
     layer, base = Layer(8, 172, count=1), torch.randn(2 * rows, 400, dtype=torch.bfloat16)
     for x in (
@@ -121,6 +121,21 @@ def test_rows_may_lie_apart(rows):
         torch.randn(172, rows).bfloat16().t(),
     ):
         layer.check(x, mixed(rows, 1))
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_row_that_lies_anywhere_is_loaded_in_whole_groups(start, monkeypatch):
+    """A GPU ends at a load of 8 bytes that is not aligned; the interpreter does not mind."""
+    layer, addresses = Layer(8, 172, count=1), []
+    launch = kernels.row_kernel[8,]
+
+    def noted(x, *others, **options):
+        addresses.append(x.data_ptr())
+        launch(x, *others, **options)
+
+    monkeypatch.setattr(kernels, "row_kernel", {(8,): noted})
+    layer.check(torch.randn(1, 400, dtype=torch.bfloat16)[:, start : start + 172], [0])
+    assert [address % 8 for address in addresses] == [0]
 
 
 @pytest.mark.parametrize("rows", [3, 70])
@@ -220,8 +235,8 @@ class Library:
     xor = 0
     """Changes the order of its metadata: another GPU's."""
     values_in_rows = True
-    seconds = (3.0, 1.0, 2.0, 9.0) + (2.0, 3.0, 1.0, 9.0)
-    """What the algorithms take, and then torch: of few rows, and of more."""
+    seconds = (3.0, 1.0, 2.0, 9.0, 2.0, 3.0, 1.0, 9.0)
+    """What the three algorithms take, and then torch: of few rows, and of more."""
 
     def __init__(self):
         self.multiplied = []
@@ -279,8 +294,8 @@ def library(monkeypatch):
     monkeypatch.setattr(cusparselt, "_plan", library.plan)
     monkeypatch.setattr(cusparselt, "_seconds", seconds)
     yield library
-    gpu.prefill.cache_clear()
-    gpu._knows_order.cache_clear()
+    for known in (gpu.prefill, gpu._layout, gpu._knows_order):
+        known.cache_clear()
 
 
 def prefill(outs=128, ins=96):
@@ -327,6 +342,12 @@ def test_dense_is_used_where_the_library_stores_values_in_another_order(library)
 
 def test_dense_is_used_where_sparse_is_slower(library):
     library.seconds = (3.0, 3.0, 3.0, 2.0)
+    assert prefill() == {}
+
+
+@pytest.mark.usefixtures("library")
+def test_dense_is_used_where_the_library_has_no_algorithm(monkeypatch):
+    monkeypatch.setattr(cusparselt, "TRIED", 0)
     assert prefill() == {}
 
 
