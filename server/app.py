@@ -101,11 +101,9 @@ async def create_app(
                 raise EngineDown
             while mask := masks.names.resolve(request.model, may_use=turn.caller.may_use, **ways):
                 name = mask.name
-                with ExitStack() as using:
-                    using.enter_context(masks.using(mask))  # no await since `resolve`
-                    if await masks.ready(mask):
-                        turn.held.push(using.pop_all())
-                        break
+                if await masks.ready(mask):  # from there on nothing else runs until it is in use
+                    turn.held.enter_context(masks.using(mask))
+                    break
                 name = UNKNOWN  # replaced or removed meanwhile, and forgotten in the metrics
             name = mask.name if mask else DENSE
             entry.mask = mask.label if mask else DENSE

@@ -26,12 +26,17 @@ KNOWN_MISSES = {
     "end-to-end: batch 4 | bf16 slots, times": 1.3,
     "end-to-end: batch 4 | int8 slots, times": 1.7,
     "end-to-end: batch 16 | bf16 slots, times": 1.2,
+    # Reads of 128 bytes a row reach 2 of the 4.2 TB/s, whatever is computed with them.
+    "gpu-nvidia-h200: decode, batch 16 | layer, x": 1.15,
+    # The GPU needs 6.5 ms for the swap and 1.4 times less for prefill; Python and the library's calls do not.
+    "gpu-nvidia-h200: prefill, 2048 tokens | layer, x": 1.2,
+    "gpu-nvidia-h200: swap, packed mask on the GPU | ms": 17.0,
     # 0.3 ms of the API's processor a request (turns, strict reading, log, metrics), of 11 in all; the rounds'
     # quartiles are 0.91 and 0.99.
     "overhead: tokens/s, 16 at a time | ours / bare": 0.92,
 }
-"""Figures we publish although they miss their must, and what they may not fall below; whoever mends one takes
-it out here."""
+"""Figures we publish although they miss their must, and what they may not get worse than; whoever mends one
+takes it out here."""
 
 
 def test_a_figure_misses_its_must_only_on_the_wrong_side():
@@ -94,4 +99,5 @@ def test_percentiles_of_swaps_are_those_of_the_swaps_between_two_looks():
 def test_every_published_figure_keeps_its_must_but_those_that_are_known_not_to():
     misses = missed()
     assert misses.keys() == KNOWN_MISSES.keys()
-    assert all(misses[name].value >= least for name, least in KNOWN_MISSES.items())
+    for name, worst in KNOWN_MISSES.items():
+        assert misses[name].value >= worst if misses[name].better == "higher" else misses[name].value <= worst

@@ -132,6 +132,22 @@ def test_host_memory_holds_no_more_masks_than_it_may_and_frees_the_least_recentl
         assert api.post("/v1/completions", params={"mask": "code"}, json=SHORT).status_code == 200
 
 
+def test_masks_that_push_each_other_out_of_host_memory_are_all_answered(lone: Server):
+    """A request must not hold what it waits for: its mask may be on the way out when it comes."""
+    names = [file.stem for file in MASKS.glob("*.safetensors") if file.stem != "legal"]
+    assert len(names) > PACKED - 1
+
+    def ask(number: int) -> int:
+        with lone.client() as api:
+            body = {**SHORT, "mask": names[number % len(names)], "max_tokens": 1 + number % 8}
+            return api.post("/v1/completions", json=body, timeout=30).status_code
+
+    with ThreadPoolExecutor(2 * BATCH) as clients:
+        counts = Counter(clients.map(ask, range(200)))
+    assert counts.keys() <= {200, 503}, counts  # 503: all that host memory may hold are in use
+    assert counts[200] > 50
+
+
 def test_a_folder_that_cannot_be_written_refuses_uploads_and_serves_on(lone: Server):
     if os.geteuid() == 0:
         lone.masks.joinpath("blocked.safetensors").mkdir()  # root may write everywhere, but over no folder
