@@ -1,6 +1,5 @@
 """The HTTP API: OpenAI's endpoints with a mask on each request, and the masks themselves."""
 
-from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Annotated, Any
 

@@ -19,7 +19,8 @@ from maskllm.kernels import DENSE, cpu
 from maskllm.kernels.masked_linear import allocate, fill, masked_linear
 
 POOL_BYTES = 200_000_000
-"""Of weights that a contender goes through before it meets one again."""
+"""Of int8 slots, the smallest weights, that are gone through before one is met again: with 32 MB of cache a
+sixth may be found there, and of dense weights a twentieth."""
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (768, 768)]
 ROWS = [1, 4, 16, 64]
 MASKS = [1, 2, 4, 8, 16]
@@ -69,7 +70,7 @@ class Layer:
     def __post_init__(self) -> None:
         outs, inputs = self.shape
         self.calls = max(1, (1 << 22) // (outs * inputs))
-        self.count = min(512, max(2, -(-POOL_BYTES // (2 * outs * inputs))))
+        self.count = min(512, max(2, -(-POOL_BYTES * 8 // (5 * outs * inputs))))
         self.weights = [torch.randn(self.shape).bfloat16() for _ in range(self.count)]
         self.floats = [weight.float() for weight in self.weights[: max(2, self.count // 2)]]
         self.quantized = [_torch_int8(weight) for weight in self.floats]
@@ -113,7 +114,7 @@ class Layer:
     def swap(self) -> dict[str, Callable[[int], object]]:
         """Writing a mask into a slot, against copying the dense weight."""
         count = self.count
-        copies = [torch.empty_like(weight) for weight in self.weights]
+        copies = [weight.clone() for weight in self.weights]  # not empty: pages must be there
 
         def swap(slots: list[Tensor], place: float) -> Callable[[int], object]:
             start = int(place * count)
@@ -152,11 +153,8 @@ def many_masks(shape: tuple[int, int], rows: int, masks: int) -> dict[str, Calla
 
 
 def read_gb_s() -> float:
-    """GB/s at which torch's threads together read memory in a plain loop.
-
-    Products keep more reads under way, and may be faster: 1.5 times on Zen 4.
-    """
-    memory = torch.empty(POOL_BYTES // 64 * 8, dtype=torch.int64)
+    """GB/s at which torch's threads together read memory in a plain loop."""
+    memory = torch.empty(POOL_BYTES // 4, dtype=torch.int64)  # no cache holds a twelfth of it
     cpu.advise(memory)  # as slots are
     memory.zero_()
     took = interleave({"read": lambda _: cpu.read(memory)}, 15)["read"].ms
