@@ -277,7 +277,7 @@ def picture(points: list[Point], slo: Slo, other: list[Point], path: Path) -> No
         good.plot(sent, answered, "o-", color=colour, label=f"{which}answered")
         good.plot(
             sent,
-            [point.goodput(slo) * point.offered for point in loads],
+            [point.goodput(slo) * len(point.requests) / point.took_s for point in loads],
             "^--",
             color=colour,
             label=f"{which}within SLO",
