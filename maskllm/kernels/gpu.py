@@ -144,7 +144,7 @@ def prefill(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> di
         if not torch.equal(compressed.view(torch.int16), cusparselt.compress(masked).view(torch.int16)):
             return {}
         return cusparselt.fastest(compressed, weight, mask)
-    except RuntimeError as error:  # a library older than the GPU, for one
+    except (RuntimeError, OSError, AttributeError) as error:  # a library older than the GPU, for one
         logger.warning("prefill of (%d, %d) is dense, as cuSPARSELt failed: %s", outs, ins, error)
         return {}
 
