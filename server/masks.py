@@ -34,6 +34,9 @@ from server.names import DENSE, NAME, PARTIAL, UNFIT, BadState, Names
 logger = logging.getLogger("maskllm.masks")
 
 SUFFIX = ".safetensors"
+ROOM_WAIT_S = 5.0
+"""How long a mask waits for a place in host memory before its request is refused."""
+ROOM_POLL_S = 0.02
 
 
 @dataclass
@@ -359,15 +362,21 @@ class Masks:
             await self.engine.pin(mask, True)
 
     async def _make_room(self) -> None:
-        """Where the limit is reached, free the least recently used mask that is idle and not pinned."""
+        """Where the limit is reached, free the least recently used mask that is idle and not pinned.
+
+        Where none is, wait a while for one: an answer takes seconds, and its mask is free afterwards.
+        """
+        end = time.monotonic() + ROOM_WAIT_S
         while len(self.packed) + self._loading >= self.limit:
+            others = [mask for mask in self.packed.values() if mask.name not in self.names.pinned]
             idle = [
                 mask
-                for mask in self.packed.values()
-                if mask.name not in self.names.pinned
-                and not self.engine.in_flight(mask)
-                and not self._locks[mask.name].locked()
+                for mask in others
+                if not self.engine.in_flight(mask) and not self._locks[mask.name].locked()
             ]
+            if not idle and (others or self._loading) and time.monotonic() < end:
+                await asyncio.sleep(ROOM_POLL_S)
+                continue
             if not idle:
                 raise NoRoom(
                     f"all {self.limit} masks that host memory may hold are in use: try again, or start with "

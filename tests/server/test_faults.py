@@ -144,8 +144,8 @@ def test_masks_that_push_each_other_out_of_host_memory_are_all_answered(lone: Se
 
     with ThreadPoolExecutor(2 * BATCH) as clients:
         counts = Counter(clients.map(ask, range(200)))
-    assert counts.keys() <= {200, 503}, counts  # 503: all that host memory may hold are in use
-    assert counts[200] > 50
+    assert counts.keys() <= {200, 503}, counts  # 503: all that host memory may hold were in use for 5 s
+    assert counts[200] > 190
 
 
 def test_a_folder_that_cannot_be_written_refuses_uploads_and_serves_on(lone: Server):

@@ -2,6 +2,7 @@
 does not fail on demand; what a real one does is in test_lifecycle.py and test_faults.py."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from running import BASE, MASKS
 
 from maskllm.core.base import read_base
 from server.errors import NoRoom, UnavailableMask, UnknownMask
-from server.masks import Mask, Masks
+from server.masks import ROOM_WAIT_S, Mask, Masks
 from server.metrics import Metrics
 from server.names import BadState
 
@@ -93,7 +94,34 @@ def test_a_put_that_fails_leaves_the_old_content_known_packed_and_pinned(masks: 
     assert set(masks.packed) == masks.engine.held == masks.engine.pinned == {old.id}
 
 
-def test_a_pin_that_finds_no_room_is_not_remembered(masks: Masks):
+def test_a_mask_waits_for_a_place_in_host_memory_until_one_is_idle(masks: Masks):
+    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
+    masks.engine.busy = {mask.id for mask in here}
+
+    async def load() -> None:
+        loading = asyncio.create_task(masks.load("legal"))
+        await asyncio.sleep(0.1)
+        assert not loading.done()
+        masks.engine.busy.discard(here[1].id)
+        await asyncio.wait_for(loading, 2)
+
+    asyncio.run(load())
+    legal = masks.known["legal"]
+    assert set(masks.packed) == masks.engine.held == {here[0].id, legal.id, here[2].id}
+
+
+def test_a_mask_does_not_wait_for_places_that_are_pinned(masks: Masks):
+    masks.limit = 2
+    for name in ("medical", "code"):
+        asyncio.run(masks.pin(name, True))
+    begin = time.monotonic()
+    with pytest.raises(NoRoom, match="all 2 masks"):
+        asyncio.run(masks.load("legal"))
+    assert time.monotonic() - begin < ROOM_WAIT_S / 2
+
+
+def test_a_pin_that_finds_no_room_is_not_remembered(masks: Masks, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.05)
     for name in ("medical", "code", "novels"):
         mask = asyncio.run(masks.load(name))
         masks.engine.busy.add(mask.id)
