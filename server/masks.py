@@ -184,10 +184,11 @@ class Masks:
         """
         if mask.id in self.packed:
             return True
+        end = time.monotonic() + ROOM_WAIT_S  # before the lock: who waits for it does not wait again
         async with self._locks[mask.name]:
             if self.known.get(mask.name) is not mask:
                 return False
-            await self._load(mask)
+            await self._load(mask, end)
             return True
 
     async def put(self, name: str, path: Path, keep: bool = False) -> tuple[Mask, bool]:
@@ -341,13 +342,13 @@ class Masks:
         except OSError as error:
             raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
 
-    async def _load(self, mask: Mask) -> None:
-        """Pack a mask, pinned if its name is, where it is not packed yet."""
+    async def _load(self, mask: Mask, end: float | None = None) -> None:
+        """Pack a mask, pinned if its name is, where it is not packed yet; wait for room until `end`."""
         if mask.id in self.packed:
             return
         failures = self.metrics.load_failures.labels(mask.name)
         with failures.count_exceptions((UnavailableMask, NoRoom)):
-            await self._make_room()
+            await self._make_room(end or time.monotonic() + ROOM_WAIT_S)
             self._loading += 1
             try:
                 if refusal := await self.engine.load(mask):
@@ -361,12 +362,11 @@ class Masks:
         if mask.name in self.names.pinned:
             await self.engine.pin(mask, True)
 
-    async def _make_room(self) -> None:
+    async def _make_room(self, end: float) -> None:
         """Where the limit is reached, free the least recently used mask that is idle and not pinned.
 
-        Where none is, wait a while for one: an answer takes seconds, and its mask is free afterwards.
+        Where none is, wait for one until `end`: an answer takes seconds, and its mask is free afterwards.
         """
-        end = time.monotonic() + ROOM_WAIT_S
         while len(self.packed) + self._loading >= self.limit:
             others = [mask for mask in self.packed.values() if mask.name not in self.names.pinned]
             idle = [
@@ -383,8 +383,9 @@ class Masks:
                     "more --packed"
                 )
             oldest = min(idle, key=lambda mask: mask.use.last_s or 0)
-            async with self._locks[oldest.name]:  # free, so that nothing happens before it is ours
-                await self._unload(oldest)
+            async with self._locks[oldest.name]:
+                if not self.engine.in_flight(oldest):  # by who waited for the lock before
+                    await self._unload(oldest)
 
     async def _unload(self, mask: Mask) -> None:
         if self.packed.pop(mask.id, None):

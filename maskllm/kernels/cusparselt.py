@@ -48,7 +48,10 @@ OPAQUE = 4096
 
 
 def available(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.backends.cusparselt.is_available()
+    """Whether torch has loaded a version that is called here as it wants to be: 0.8 and no other was seen."""
+    if device.type != "cuda" or not torch.backends.cusparselt.is_available():
+        return False
+    return 800 <= (torch.backends.cusparselt.version() or 0) < 900
 
 
 def compress(masked: Tensor) -> Tensor:
@@ -60,10 +63,13 @@ def compress(masked: Tensor) -> Tensor:
 def linear(x: Tensor, compressed: Tensor, outs: int, bias: Tensor | None, algorithm: int) -> Tensor:
     """x (rows, in) times a compressed weight (out, in), plus bias -> (rows, out).
 
-    Raises RuntimeError where the library refuses. It wants rows in multiples of 8.
+    Raises RuntimeError where the library refuses. The library wants rows in multiples of 8, at multiples of
+    16 bytes; of 128 there are fewer, so that all of a server's plans are kept.
     """
     rows, ins = x.shape
-    padded = functional.pad(x, (0, 0, 0, -rows % 8)) if rows % 8 else x.contiguous()
+    padded = functional.pad(x, (0, 0, 0, -rows % 128)) if rows % 128 else x.contiguous()
+    if padded.data_ptr() % 16:
+        padded = padded.clone()
     plan = _plan(outs, ins, padded.shape[0], x.dtype, x.device, algorithm, bias is not None)
     out = x.new_empty(padded.shape[0], outs)
     plan.multiply(compressed, padded, bias, out)
@@ -82,7 +88,6 @@ def fastest(compressed: Tensor, weight: Tensor, mask: Tensor) -> dict[int, int]:
     for most_rows, rows in TUNED.items():
         x = torch.randn(rows, ins, dtype=weight.dtype, device=weight.device)
         bias = torch.randn(outs, dtype=weight.dtype, device=weight.device)
-        expected = functional.linear(x, masked, bias).float()
         seconds = {}
         for number in range(TRIED):
             with suppress(RuntimeError):  # there is no such algorithm, or not for this shape
@@ -90,8 +95,9 @@ def fastest(compressed: Tensor, weight: Tensor, mask: Tensor) -> dict[int, int]:
         if not seconds:
             return {}
         best = min(seconds, key=seconds.__getitem__)
-        for _ in range(3):
-            wrong = (linear(x, compressed, outs, bias, best).float() - expected).abs().max()
+        for added in (bias, None) * 3:
+            expected = functional.linear(x, masked, added).float()
+            wrong = (linear(x, compressed, outs, added, best).float() - expected).abs().max()
             if not wrong <= 0.02 * expected.abs().max():  # a nan is wrong too
                 return {}
         if seconds[best] > _seconds(partial(_by_torch, x, weight, mask)):

@@ -247,7 +247,11 @@ def _one_slot(x: Tensor, weight: Tensor, slots: Tensor, slot: int, bias: Tensor 
     """By the sparse tensor cores where they win, else by a dense product with the expanded slot."""
     for most_rows, number in prefill(*weight.shape, weight.dtype, weight.device).items():
         if x.shape[0] <= most_rows:
-            return cusparselt.linear(x, _compressed(slots, slot, weight), weight.shape[0], bias, number)
+            try:
+                return cusparselt.linear(x, _compressed(slots, slot, weight), weight.shape[0], bias, number)
+            except RuntimeError as error:
+                logger.warning("%d rows of %s are multiplied dense: %s", len(x), tuple(weight.shape), error)
+                break
     masked = torch.empty_like(weight)
     _expand(slots, slot, torch.ones((), dtype=torch.bool, device=x.device), masked)
     return functional.linear(x, masked, bias)

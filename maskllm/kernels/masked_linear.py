@@ -155,7 +155,8 @@ def masked_linear(
 
     `row_slots` (rows,) int32 gives each row's slot, or DENSE; `present` are the slots in it, where the host
     knows them and no CUDA graph is captured. Inputs that only dropped weights would meet take no part, an
-    infinity or NaN included (the reference multiplies them by 0). With int8 slots inputs, too, are rounded to
+    infinity or NaN included, by a CPU's kernels and by a GPU's for one row; the reference, and a GPU's for
+    more, multiply them by 0. With int8 slots inputs, too, are rounded to
     8 bits, by each row's largest; a row that is not finite then answers NaN.
     """
     out: Tensor = torch.ops.maskllm.masked_linear(x, weight, slots, row_slots, bias, present)

@@ -110,6 +110,17 @@ def test_a_mask_waits_for_a_place_in_host_memory_until_one_is_idle(masks: Masks)
     assert set(masks.packed) == masks.engine.held == {here[0].id, legal.id, here[2].id}
 
 
+def test_all_who_wait_for_a_mask_are_refused_at_the_same_time(masks: Masks, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.2)
+    masks.engine.busy = {asyncio.run(masks.load(name)).id for name in ("medical", "code", "novels")}
+
+    async def six() -> list[object]:
+        waiting = [masks.ready(masks.known["legal"]) for _ in range(6)]
+        return await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 0.6)
+
+    assert [type(result) for result in asyncio.run(six())] == [NoRoom] * 6
+
+
 def test_a_mask_does_not_wait_for_places_that_are_pinned(masks: Masks):
     masks.limit = 2
     for name in ("medical", "code"):

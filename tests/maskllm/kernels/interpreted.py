@@ -90,7 +90,7 @@ def test_what_the_host_knows_of_the_rows_does_not_change_the_answer():
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("dense", [0, 1])
 def test_a_row_gets_the_same_answer_whatever_masks_share_its_batch(count, dense):
-    """Masks that share a pass over the dense weight, in one pass or more, and masks read alone."""
+    """Each slot is read alone, whatever others are."""
     layer, x = Layer(8, 132, count), torch.randn(16, 132, dtype=torch.bfloat16)
     rows = [row % count for row in range(16 - dense)] + [DENSE] * dense
     together = layer.check(x, rows)
@@ -233,6 +233,8 @@ class Library:
 
     off_by = 0.0
     """What its products are off by."""
+    refused = None
+    """Rows that it does not multiply."""
     xor = 0
     """Changes the order of its metadata: another GPU's."""
     values_in_rows = True
@@ -262,7 +264,7 @@ class Library:
         )  # fmt: skip
 
     def plan(self, outs, ins, rows, _dtype, _device, algorithm, _biased):
-        if algorithm > 2:
+        if algorithm > 2 or rows == self.refused:
             raise RuntimeError("cusparseLtMatmulAlgSetAttribute failed with status 3")
         assert rows % 8 == 0
         return SimpleNamespace(multiply=partial(self.multiply, outs, ins, algorithm))
@@ -330,6 +332,14 @@ def test_a_swap_reaches_prefill_and_decode_alike():
     gpu.fill(layer.slots, 0, layer.weight, pack(encode(layer.masks[0])))
     for rows in (1, 2, 72):
         layer.check(torch.randn(rows, 32, dtype=torch.bfloat16), [0] * rows, present=(0,))
+
+
+def test_rows_that_the_library_refuses_are_multiplied_dense(library):
+    layer, library.refused = Layer(64, 32, count=1), 256
+    library.multiplied.clear()
+    for rows in (72, 130):
+        layer.check(torch.randn(rows, 32, dtype=torch.bfloat16), [0] * rows, present=(0,))
+    assert library.multiplied == [2]
 
 
 def test_dense_is_used_where_sparse_is_wrong(library):

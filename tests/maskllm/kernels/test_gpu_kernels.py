@@ -101,7 +101,7 @@ def compile_for(capability, kernel, arguments, options):
     names = kernel.arg_names
     constants = {(names.index(n),): v for n, v in arguments.items() if not isinstance(v, str)}
     signature = {n: arguments[n] if isinstance(arguments[n], str) else "constexpr" for n in names}
-    free = {"rows", "count", "slot", "used", "row_bytes"}
+    free = {"rows", "slot", "used", "row_bytes"}
     multiples = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
