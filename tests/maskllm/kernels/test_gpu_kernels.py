@@ -70,7 +70,9 @@ METADATA = SLOT | {"outs": "i32", "UNITS": 512}
         ("metadata_kernel", METADATA, {}),
     ],
 )
-def test_each_kernel_compiles_for_each_gpu_without_spills(capability, kernel, arguments, options, tmp_path):
+def test_each_kernel_compiles_for_each_gpu_and_no_loop_spills(
+    capability, kernel, arguments, options, tmp_path
+):
     """As it is launched for a bf16 weight of LLaMA-2 7B; those that multiply use the tensor cores."""
     compiled = compile_for(capability, getattr(kernels, kernel), arguments, options)
     cubin = tmp_path / "cubin"
@@ -80,8 +82,10 @@ def test_each_kernel_compiles_for_each_gpu_without_spills(capability, kernel, ar
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     print(f"{kernel} sm_{capability}: {report.split('Function ')[-1]}")
-    # The largest tile keeps a few registers in memory while it is not in its loop.
+    # The largest tile keeps a few registers in memory before or after its loops.
     assert int(re.search(r"STACK:(\d+)", report)[1]) <= (64 if arguments.get("ROWS") == 32 else 0)
+    inner = "\n".join(loops(cubin))
+    assert not re.search(r"\b(LDL|STL)\b", inner)
     assert "LOCAL:0" in report
     assert compiled.metadata.shared <= 99 * 1024
     multiplies = re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", compiled.asm["ptx"])
@@ -90,10 +94,22 @@ def test_each_kernel_compiles_for_each_gpu_without_spills(capability, kernel, ar
         assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])
         assert "bar.sync" not in compiled.asm["ptx"]
     if kernel == "linear_kernel":  # loads run ahead of the products
+        assert "MMA" in inner
         assert "cp.async" in compiled.asm["ptx"]
     if kernel == "fill_kernel":  # whole groups, two at a time; no single weights
         assert re.search(r"ld\.global\S*\.v2\.b64", compiled.asm["ptx"])
         assert not re.search(r"ld\.global\S*\.b16", compiled.asm["ptx"])
+
+
+def loops(cubin):
+    """The machine code within loops: between a label and a branch back to it."""
+    lines = subprocess.run(
+        [triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    at = {line[:-1]: number for number, line in enumerate(lines) if line.startswith(".L_x_")}
+    for number, line in enumerate(lines):
+        if (to := re.search(r"BRA\b.*`\((\.L_x_\d+)\)", line)) and at.get(to[1], number) < number:
+            yield from lines[at[to[1]] : number]
 
 
 def compile_for(capability, kernel, arguments, options):

@@ -306,7 +306,7 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels(fast):  # noqa: ARG001
 
 
 def test_arm_kernels_agree_with_the_portable_ones(tmp_path):
-    """Cross-compiled, and run by an emulator where this is no Arm machine."""
+    """Compiled for Arm, and run by an emulator."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
     if not compiler or not emulator:
         pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user-static, which are not all here")
