@@ -153,6 +153,24 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(x, weight, torch.empty(0, 0, dtype=torch.bfloat16), rows, bias)
 
 
+def register_layer() -> bool:
+    """Let torch call C++ for `maskllm::layer` on CPU, which leaves the rest to `maskllm::any_layer`.
+
+    Both are `server.engine.linear`'s. False, and nothing done, where this torch has not what it needs.
+    """
+    torch_cpu = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"), None)
+    if not _library() or torch_cpu is None:
+        return False
+    return bool(_library().maskllm_register_layer(str(torch_cpu).encode(), LARGE))
+
+
+def begin_step(row_slots: Tensor | None) -> None:
+    """Tell that layer the slot of each row, contiguous int32, which must live until the next call."""
+    if _library():
+        rows = 0 if row_slots is None else row_slots.shape[0]
+        _library().maskllm_begin_step(None if row_slots is None else row_slots.data_ptr(), rows)
+
+
 def _contiguous(weight: Tensor) -> None:
     if weight.stride(1) != 1:
         raise ValueError(f"the weight's rows are not contiguous: strides {weight.stride()}")
@@ -179,6 +197,8 @@ def _library() -> Any:
         "read": (long, [pointer, long, integer]),
         "slot_bytes": (long, [long, long, integer]),
         "advise": (None, [pointer, long]),
+        "register_layer": (ctypes.c_bool, [text, long]),
+        "begin_step": (None, [pointer, long]),
         "fill": (None, [pointer, integer, pointer, integer, long, pointer, long, long, integer]),
         "multiply": (
             long,

@@ -163,10 +163,9 @@ class MaskManager:
                 self._swap_in(mask_id, keep=wanted)
         if wanted or self.device.type == "cpu":  # where the kernels beat torch on a few dense rows, too
             slots = [self.resident.get(mask_id, DENSE) for mask_id in mapping.index_mapping]
-            linear.row_slots = torch.tensor(slots, dtype=torch.int32, device=self.device)
-            linear.present = sorted(set(slots))
+            linear.begin_step(slots, self.device)
         else:
-            linear.row_slots = None
+            linear.begin_step(None, self.device)
 
     def stats(self) -> dict[str, Any]:
         """What the metrics show of this worker; bytes by mask, swaps by source."""

@@ -378,6 +378,14 @@ void choose_form(Batch& batch) {
     }
 }
 
+bool is_bf16(int x_type, int weight_type) { return kernels->dense_bf16 && weight_type == BF16 && x_type == BF16; }
+
+// How many dense rows are torch's.
+long dense_left(bool bf16, const int32_t* row_slots, long rows) {
+    const long dense = std::count_if(row_slots, row_slots + rows, [](int32_t slot) { return slot < 0; });
+    return bf16 && dense <= DENSE_ROWS ? 0 : dense;
+}
+
 void run(const Batch& batch, int threads) {
     const Shape& s = batch.shape;
     std::vector<Panel> panels;
@@ -516,6 +524,11 @@ void maskllm_fill(uint8_t* slot, int slot_type, const void* weight, int weight_t
     }
 }
 
+// Whether `maskllm_multiply` leaves none of these rows.
+bool maskllm_multiplies_all(int x_type, const int32_t* row_slots, long rows, int weight_type) {
+    return !dense_left(is_bf16(x_type, weight_type), row_slots, rows);
+}
+
 // Multiply a batch x (rows, columns) by the slot of each row, -1 for dense, into y (rows, outs) of x's type. Returns
 // how many dense rows it leaves, which is all or none: torch does them better where there are many, or not bf16.
 // -1, and nothing done, where a row's slot is none of `count`.
@@ -523,9 +536,8 @@ long maskllm_multiply(const void* x, int x_type, long x_stride, long rows, const
                       int weight_type, long weight_stride, const uint8_t* slots, long count, long slot_stride, int slot_type,
                       long outs, long columns, const float* bias, void* y, int threads) {
     if (std::any_of(row_slots, row_slots + rows, [&](int32_t slot) { return slot < -1 || slot >= count; })) return -1;
-    const bool bf16 = kernels->dense_bf16 && weight_type == BF16 && x_type == BF16;
-    const long dense = std::count_if(row_slots, row_slots + rows, [](int32_t slot) { return slot < 0; });
-    const long left = bf16 && dense <= DENSE_ROWS ? 0 : dense;
+    const bool bf16 = is_bf16(x_type, weight_type);
+    const long left = dense_left(bf16, row_slots, rows);
     Batch batch = {Shape(outs, columns), x, x_type, size_t(x_stride), row_slots, (const uint16_t*)weight,
                    size_t(weight_stride), slots, size_t(slot_stride), slot_type, bias, y, {}, {}};
     for (long row = 0; row < rows; row++)

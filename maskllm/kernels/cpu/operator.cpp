@@ -1,0 +1,116 @@
+// A layer of the engine as an operator of torch's without Python: from Python a small one costs more than its product.
+//
+// It needs none of torch's headers to build. torch's C functions are looked up in the library that is loaded, and
+// declared here as in torch/csrc/inductor/aoti_torch/c/shim.h and stable/c/shim.h, which keep them from version to version.
+#include <dlfcn.h>
+#include <omp.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
+#include "layout.h"
+
+extern "C" long maskllm_multiply(const void* x, int x_type, long x_stride, long rows, const int32_t* row_slots,
+                                 const void* weight, int weight_type, long weight_stride, const uint8_t* slots, long count,
+                                 long slot_stride, int slot_type, long outs, long columns, const float* bias, void* y,
+                                 int threads);
+extern "C" bool maskllm_multiplies_all(int x_type, const int32_t* row_slots, long rows, int weight_type);
+
+namespace {
+
+using Value = uint64_t;  // an argument or a result: a tensor's handle, or for one that may be missing 0 or a pointer to it
+using Handle = void*;
+
+const char* (*what)() = nullptr;  // torch's last error
+
+template <class... Arguments>
+struct Function {
+    int (*call)(Arguments...) = nullptr;
+    void operator()(Arguments... arguments) const {
+        if (call(arguments...)) throw std::runtime_error(what());
+    }
+    bool find(void* library, const char* name) { return call = (int (*)(Arguments...))dlsym(library, name); }
+};
+
+Function<Handle, void**> get_data_ptr;
+Function<Handle, int64_t*> get_dim;
+Function<Handle, int64_t**> get_sizes, get_strides;
+Function<Handle, int32_t*> get_dtype;
+Function<int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*> empty_strided;
+Function<Handle> delete_tensor;
+Function<const char*, const char*, Value*> call_dispatcher;
+Function<const char*, const char*, const char*, uint32_t, Handle*> library_init_impl;
+Function<Handle, const char*, void (*)(Value*, uint64_t, uint64_t)> library_impl;
+
+bool find_all(void* torch) {
+    return get_data_ptr.find(torch, "aoti_torch_get_data_ptr") && get_dim.find(torch, "aoti_torch_get_dim") &&
+           get_sizes.find(torch, "aoti_torch_get_sizes") && get_strides.find(torch, "aoti_torch_get_strides") &&
+           get_dtype.find(torch, "aoti_torch_get_dtype") && empty_strided.find(torch, "aoti_torch_empty_strided") &&
+           delete_tensor.find(torch, "aoti_torch_delete_tensor_object") &&
+           call_dispatcher.find(torch, "aoti_torch_call_dispatcher") &&
+           library_init_impl.find(torch, "aoti_torch_library_init_impl") &&
+           library_impl.find(torch, "aoti_torch_library_impl") &&
+           (what = (const char* (*)())dlsym(torch, "torch_exception_get_what_without_backtrace"));
+}
+
+struct Matrix {
+    void* data;
+    int64_t dim, *sizes, *strides;
+    int type;  // as in api.cpp, -1 for any other
+    int32_t dtype;
+    explicit Matrix(Handle tensor) {
+        get_data_ptr(tensor, &data), get_dim(tensor, &dim), get_sizes(tensor, &sizes), get_strides(tensor, &strides);
+        get_dtype(tensor, &dtype);
+        type = dtype == 6 ? 0 : dtype == 15 ? 1 : dtype == 1 ? 2 : -1;  // c10::ScalarType of fp32, bf16, int8
+    }
+};
+
+const int32_t* step_slots = nullptr;  // the slot of each row of the step about to run
+long step_rows = 0, many = 0;         // and from how many weights on a second thread helps
+
+// The product, if it is one for the kernels alone: the step's rows, two dimensions, no bias.
+Handle multiply(const Value* arguments) {
+    const Matrix x((Handle)arguments[0]), weight((Handle)arguments[1]), slots((Handle)arguments[2]);
+    const bool plain = !arguments[3] && step_slots && x.dim == 2 && x.sizes[0] == step_rows && x.strides[1] == 1 &&
+                       (x.type == 0 || x.type == 1) && weight.strides[1] == 1 && (slots.type == 1 || slots.type == 2);
+    if (!plain || !maskllm_multiplies_all(x.type, step_slots, step_rows, weight.type)) return nullptr;
+    const int64_t sizes[2] = {x.sizes[0], weight.sizes[0]}, strides[2] = {weight.sizes[0], 1};
+    Handle out = nullptr;
+    empty_strided(2, sizes, strides, x.dtype, 0, 0, &out);
+    const int threads = weight.sizes[0] * weight.sizes[1] >= many ? omp_get_max_threads() : 1;
+    const long left = maskllm_multiply(
+        x.data, x.type, x.strides[0], x.sizes[0], step_slots, weight.data, weight.type, weight.strides[0],
+        (const uint8_t*)slots.data, slots.sizes[0], slots.strides[0] * (slots.type == 1 ? 2 : 1), slots.type,
+        weight.sizes[0], weight.sizes[1], nullptr, Matrix(out).data, threads);
+    if (!left) return out;
+    delete_tensor(out);
+    return nullptr;  // a slot that there is not, which the other one says
+}
+
+void layer(Value* stack, uint64_t, uint64_t) {
+    Handle out = multiply(stack);
+    if (!out) return call_dispatcher("maskllm::any_layer", "", stack);
+    for (int i = 0; i < 3; i++) delete_tensor((Handle)stack[i]);
+    stack[0] = (Value)out;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Let torch call `layer` for maskllm::layer on CPU, which has maskllm::any_layer do what it does not. False, and nothing
+// done, where the library at `torch` has not all of what it calls.
+bool maskllm_register_layer(const char* torch, long weights) {
+    void* library = dlopen(torch, RTLD_LAZY | RTLD_NOLOAD);
+    if (!library || !find_all(library)) return false;
+    Handle ours = nullptr;
+    library_init_impl("maskllm", "CPU", __FILE__, __LINE__, &ours);  // kept for good
+    library_impl(ours, "layer", layer);
+    many = weights;
+    return true;
+}
+
+// The rows of the step about to run; memory that stays until the next.
+void maskllm_begin_step(const int32_t* row_slots, long rows) { step_slots = row_slots, step_rows = rows; }
+}

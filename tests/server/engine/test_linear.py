@@ -1,0 +1,123 @@
+"""The layer's operator: what its C++ does by itself is what its Python, which does everything, answers."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+from maskllm.core.patterns import pack
+from maskllm.kernels import DENSE, cpu
+from maskllm.kernels.masked_linear import allocate, fill
+from server.engine.linear import begin_step
+
+CPU = torch.device("cpu")
+OUTS, COLUMNS = 12, 140
+
+pytestmark = pytest.mark.skipif(bool(cpu.why_not()), reason=str(cpu.why_not()))
+
+
+@pytest.fixture(autouse=True)
+def step():
+    """No rows are left to other tests."""
+    yield
+    begin_step(None, CPU)
+
+
+def arguments(dtype: torch.dtype, mask_dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, a weight, and two masks of it in slots."""
+    weight = torch.randn(OUTS, COLUMNS).bfloat16()
+    slots = allocate(weight, 2, mask_dtype)
+    for slot in range(2):
+        fill(slots, slot, weight, pack(torch.randint(6, (OUTS, COLUMNS // 4))))
+    return torch.randn(rows, COLUMNS, dtype=dtype), weight.to(dtype), slots
+
+
+def both(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+    """What the operator answers, what its Python answers, and whether the operator called it, too."""
+    with torch.no_grad(), profile() as profiled:
+        ours = torch.ops.maskllm.layer(x, weight, slots, bias)
+    called = any(event.name == "maskllm::any_layer" for event in profiled.events())
+    return ours, torch.ops.maskllm.any_layer(x, weight, slots, bias), called
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [[0], [1, 0, 1, 1], [0] * 40])
+def test_masked_rows_are_multiplied_without_python(rows, dtype, mask_dtype):
+    x, weight, slots = arguments(dtype, mask_dtype, len(rows))
+    begin_step(rows, CPU)
+    ours, theirs, called = both(x, weight, slots, None)
+    assert ours.shape == (len(rows), OUTS)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, theirs)
+    assert not called
+
+
+@pytest.mark.parametrize(
+    ("what", "rows"),
+    {
+        "dense rows that torch does better": [DENSE] * 40,
+        "some of each": [DENSE, 1] * 20,
+        "more rows than the step has": [0, 1],
+        "other rows than the step's": [0] * 9,
+        "a step without masks": None,
+        "three dimensions": [0] * 6,
+        "columns that are apart": [0] * 4,
+        "a bias": [0] * 4,
+        "float16": [0] * 4,
+        "any mask": [0] * 4,
+    }.items(),
+)
+def test_python_does_the_rest(what, rows):
+    x, weight, slots = arguments(torch.float32, torch.bfloat16, len(rows or [0]))
+    bias = None
+    match what:
+        case "more rows than the step has":
+            x = torch.randn(5, COLUMNS)
+        case "other rows than the step's":
+            x = torch.randn(4, COLUMNS)
+        case "three dimensions":
+            x = x.view(2, 3, COLUMNS)
+        case "columns that are apart":
+            x = torch.randn(4, 2 * COLUMNS)[:, ::2]
+        case "a bias":
+            bias = torch.randn(OUTS)
+        case "float16":
+            x = x.half()
+        case "any mask":
+            slots = torch.rand(2, *weight.shape) < 0.5
+    begin_step(rows, CPU)
+    ours, theirs, called = both(x, weight, slots, bias)
+    assert ours.shape == (*x.shape[:-1], OUTS)
+    assert torch.equal(ours, theirs)
+    assert called
+
+
+def test_inputs_need_not_follow_each_other():
+    """As where a layer takes a part of what another gave."""
+    wide, weight, slots = arguments(torch.bfloat16, torch.bfloat16, 3)
+    wide = torch.cat([wide, wide], 1)
+    begin_step([1, 0, 1], CPU)
+    ours, _, called = both(wide[:, :COLUMNS], weight, slots, None)
+    alone, _, _ = both(wide[:, :COLUMNS].contiguous(), weight, slots, None)
+    assert torch.equal(ours, alone)
+    assert not called
+
+
+def test_a_step_answers_by_its_own_slots():
+    """The operator keeps nothing of the step before."""
+    x, weight, slots = arguments(torch.bfloat16, torch.bfloat16, 1)
+    answers = []
+    for slot in (0, 1, DENSE):
+        begin_step([slot], CPU)
+        answers.append(both(x, weight, slots, None)[0])
+    kept = [torch.equal(a, b) for a, b in zip(answers, answers[1:] + answers[:1], strict=True)]
+    assert kept == [False] * 3
+    torch.testing.assert_close(answers[2], x @ weight.T, rtol=2e-2, atol=0.2)
+
+
+def test_a_slot_that_is_not_there_is_an_error():
+    x, weight, slots = arguments(torch.bfloat16, torch.bfloat16, 1)
+    begin_step([2], CPU)
+    with pytest.raises(RuntimeError, match=r"rows use slots \[2\], and there are 2"):
+        torch.ops.maskllm.layer(x, weight, slots, None)
