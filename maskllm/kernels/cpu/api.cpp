@@ -24,8 +24,6 @@
 namespace maskllm {
 namespace {
 
-enum Type : int { F32 = 0, BF16 = 1, INT8 = 2 };
-
 // Base-6 byte -> the mask bits of its three groups, first group lowest.
 struct Packed {
     uint16_t bits[256] = {};

@@ -24,6 +24,8 @@
 
 namespace maskllm {
 
+enum Type : int { F32 = 0, BF16 = 1, INT8 = 2 };  // cpu.py's TYPES
+
 constexpr size_t ROWS = 4, COLUMNS = 128, CHUNK = 4, MASK_BYTES = 64;
 constexpr size_t BF16_BYTES = 512, INT8_BYTES = 256;  // the values of a block
 constexpr size_t PREFETCH = 2304;  // bytes ahead: worth 1.3x out of cache

@@ -17,6 +17,8 @@ extern "C" long maskllm_multiply(const void* x, int x_type, long x_stride, long 
                                  int threads);
 extern "C" bool maskllm_multiplies_all(int x_type, const int32_t* row_slots, long rows, int weight_type);
 
+using namespace maskllm;
+
 namespace {
 
 using Value = uint64_t;  // an argument or a result: a tensor's handle, or for one that may be missing 0 or a pointer to it
@@ -57,12 +59,12 @@ bool find_all(void* torch) {
 struct Matrix {
     void* data;
     int64_t dim, *sizes, *strides;
-    int type;  // as in api.cpp, -1 for any other
+    int type;  // -1 where it is none of the kernels'
     int32_t dtype;
     explicit Matrix(Handle tensor) {
         get_data_ptr(tensor, &data), get_dim(tensor, &dim), get_sizes(tensor, &sizes), get_strides(tensor, &strides);
         get_dtype(tensor, &dtype);
-        type = dtype == 6 ? 0 : dtype == 15 ? 1 : dtype == 1 ? 2 : -1;  // c10::ScalarType of fp32, bf16, int8
+        type = dtype == 6 ? F32 : dtype == 15 ? BF16 : dtype == 1 ? INT8 : -1;  // c10::ScalarType
     }
 };
 
@@ -73,7 +75,8 @@ long step_rows = 0, many = 0;         // and from how many weights on a second t
 Handle multiply(const Value* arguments) {
     const Matrix x((Handle)arguments[0]), weight((Handle)arguments[1]), slots((Handle)arguments[2]);
     const bool plain = !arguments[3] && step_slots && x.dim == 2 && x.sizes[0] == step_rows && x.strides[1] == 1 &&
-                       (x.type == 0 || x.type == 1) && weight.strides[1] == 1 && (slots.type == 1 || slots.type == 2);
+                       (x.type == F32 || x.type == BF16) && weight.strides[1] == 1 &&
+                       (slots.type == BF16 || slots.type == INT8);
     if (!plain || !maskllm_multiplies_all(x.type, step_slots, step_rows, weight.type)) return nullptr;
     const int64_t sizes[2] = {x.sizes[0], weight.sizes[0]}, strides[2] = {weight.sizes[0], 1};
     Handle out = nullptr;
@@ -81,7 +84,7 @@ Handle multiply(const Value* arguments) {
     const int threads = weight.sizes[0] * weight.sizes[1] >= many ? omp_get_max_threads() : 1;
     const long left = maskllm_multiply(
         x.data, x.type, x.strides[0], x.sizes[0], step_slots, weight.data, weight.type, weight.strides[0],
-        (const uint8_t*)slots.data, slots.sizes[0], slots.strides[0] * (slots.type == 1 ? 2 : 1), slots.type,
+        (const uint8_t*)slots.data, slots.sizes[0], slots.strides[0] * (slots.type == BF16 ? 2 : 1), slots.type,
         weight.sizes[0], weight.sizes[1], nullptr, Matrix(out).data, threads);
     if (!left) return out;
     delete_tensor(out);
