@@ -1,16 +1,14 @@
 """The routes on masks themselves: what there is, and how it is added, replaced, pinned, named and removed."""
 
-from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from maskllm.capacity import Capacity
 from server.access import ADMIN, Caller, User
 from server.errors import BadSource, RefusedMask, UnknownMask
-from server.masks import SUFFIX, Mask, Masks
+from server.masks import SUFFIX, Mask, MaskCard, Masks
 from server.names import DENSE, Weights
 from server.sources import landing
 from server.strict import StrictRoute
@@ -32,22 +30,66 @@ class AliasTargets(BaseModel, extra="forbid"):
     masks: Weights
 
 
+class AliasCard(BaseModel):
+    """An alias as it is shown."""
+
+    id: str
+    object: Literal["alias"] = "alias"
+    masks: dict[str, float]
+    """How often each answers, in proportion."""
+
+
+class MaskList(BaseModel, use_attribute_docstrings=True):
+    object: Literal["list"] = "list"
+    data: list[MaskCard]
+    refused: dict[str, str]
+    """Files of the folder that are no masks here, and why."""
+
+
+class AliasList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AliasCard]
+
+
+class Slots(BaseModel, use_attribute_docstrings=True):
+    total: int
+    used: int
+    pinned: int
+    most: int
+    """How many would fit."""
+
+
+class Packed(BaseModel, use_attribute_docstrings=True):
+    limit: int
+    used: int
+    known: int
+
+
+class CapacityCard(BaseModel):
+    """What each thing takes, and how many masks fit where."""
+
+    bytes: Capacity
+    slots: Slots
+    packed: Packed
+    sum: str
+
+
 def routes(masks: Masks, capacity: Capacity) -> APIRouter:
     """The routes of one engine's masks."""
     router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
-    async def shown(mask: Mask, caller: Caller, status: int = 200) -> JSONResponse:
-        return JSONResponse((await masks.describe([mask], caller.may_use))[0], status)
+    async def shown(mask: Mask, caller: Caller) -> MaskCard:
+        return (await masks.describe([mask], caller.may_use))[0]
 
     @router.get("/masks")
-    async def list_masks(caller: User) -> Any:
+    async def list_masks(caller: User) -> MaskList:
         """Every mask that the caller may use, and why files of the folder were refused."""
         listed = [mask for name, mask in masks.known.items() if caller.may_use(name)]
         refused = {name: why for name, why in masks.refused.items() if caller.may_use(name)}
-        return {"object": "list", "data": await masks.describe(listed, caller.may_use), "refused": refused}
+        return MaskList(data=await masks.describe(listed, caller.may_use), refused=refused)
 
     @router.get("/masks/{name}")
-    async def show_mask(name: str, caller: User) -> Response:
+    async def show_mask(name: str, caller: User) -> MaskCard:
         caller.check(name)
         if name == DENSE:
             raise UnknownMask(f"{DENSE!r} is the dense base, not a mask")
@@ -59,10 +101,10 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
     @router.put(
         "/masks/{name}",
         dependencies=[ADMIN],
-        responses={201: {"description": "A mask of a new name"}},
+        responses={201: {"description": "A mask of a new name", "model": MaskCard}},
         openapi_extra={"requestBody": {"content": body}},
     )
-    async def put_mask(name: str, request: Request, caller: User) -> Response:
+    async def put_mask(name: str, request: Request, response: Response, caller: User) -> MaskCard:
         """Load a mask, or replace the one of that name, from an upload, a URL or a file of the folder.
 
         A body of `application/octet-stream` is the file itself; JSON says where it is; nothing means
@@ -85,7 +127,8 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
                     raise BadSource("a mask from a url needs both, `url` and `sha256`", "url")
                 else:
                     mask, new = await masks.put(name, masks.path(source.file or f"{name}{SUFFIX}"))
-        return await shown(mask, caller, 201 if new else 200)
+        response.status_code = 201 if new else 200
+        return await shown(mask, caller)
 
     @router.delete("/masks/{name}", status_code=204, dependencies=[ADMIN])
     async def delete_mask(name: str) -> None:
@@ -93,52 +136,54 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
         await masks.delete(name)
 
     @router.post("/masks/{name}/load", dependencies=[ADMIN])
-    async def load_mask(name: str, caller: User) -> Response:
+    async def load_mask(name: str, caller: User) -> MaskCard:
         """Bring a mask into host memory before its first request."""
         return await shown(await masks.load(name), caller)
 
     @router.put("/masks/{name}/pin", dependencies=[ADMIN])
-    async def pin_mask(name: str, caller: User) -> Response:
+    async def pin_mask(name: str, caller: User) -> MaskCard:
         """Keep a mask in a slot, whoever else comes."""
         return await shown(await masks.pin(name, True), caller)
 
     @router.delete("/masks/{name}/pin", dependencies=[ADMIN])
-    async def unpin_mask(name: str, caller: User) -> Response:
+    async def unpin_mask(name: str, caller: User) -> MaskCard:
         return await shown(await masks.pin(name, False), caller)
 
     @router.get("/aliases")
-    async def list_aliases(caller: User) -> Any:
+    async def list_aliases(caller: User) -> AliasList:
         """Every alias that the caller may use, and the shares of those masks that it may use, too."""
         aliases = {
             name: {mask: weight for mask, weight in weights.items() if caller.may_use(mask)}
             for name, weights in masks.names.aliases.items()
             if caller.may_use(name)
         }
-        return {"object": "list", "data": [_alias(name, each) for name, each in aliases.items()]}
+        return AliasList(data=[AliasCard(id=name, masks=weights) for name, weights in aliases.items()])
 
     @router.put(
-        "/aliases/{name}", dependencies=[ADMIN], responses={201: {"description": "An alias of a new name"}}
+        "/aliases/{name}",
+        dependencies=[ADMIN],
+        responses={201: {"description": "An alias of a new name", "model": AliasCard}},
     )
-    async def put_alias(name: str, targets: AliasTargets) -> Response:
+    async def put_alias(name: str, targets: AliasTargets, response: Response) -> AliasCard:
         """Let a name stand for a mask, or for several by weight. `default` answers what names no mask."""
-        new = masks.names.alias(name, targets.masks)
-        return JSONResponse(_alias(name, targets.masks), 201 if new else 200)
+        response.status_code = 201 if masks.names.alias(name, targets.masks) else 200
+        return AliasCard(id=name, masks=targets.masks)
 
     @router.delete("/aliases/{name}", status_code=204, dependencies=[ADMIN])
     async def delete_alias(name: str) -> None:
         masks.names.unalias(name)
 
     @router.get("/capacity", dependencies=[ADMIN])
-    async def show_capacity() -> Any:
+    async def show_capacity() -> CapacityCard:
         """What each thing takes, and how many masks fit where."""
         used = len((await masks.engine.stats()).get("slots", {}))
         pinned = len(masks.names.pinned & masks.known.keys())
-        return {
-            "bytes": asdict(capacity),
-            "slots": {"total": masks.slots, "used": used, "pinned": pinned, "most": capacity.most_slots()},
-            "packed": {"limit": masks.limit, "used": len(masks.packed), "known": len(masks.known)},
-            "sum": capacity.sum(masks.slots, masks.limit),
-        }
+        return CapacityCard(
+            bytes=capacity,
+            slots=Slots(total=masks.slots, used=used, pinned=pinned, most=capacity.most_slots()),
+            packed=Packed(limit=masks.limit, used=len(masks.packed), known=len(masks.known)),
+            sum=capacity.sum(masks.slots, masks.limit),
+        )
 
     return router
 
@@ -150,7 +195,3 @@ def _source(body: bytes) -> MaskSource:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise BadSource(f"{where}: {first['msg']}", where) from None
-
-
-def _alias(name: str, weights: dict[str, float]) -> dict[str, Any]:
-    return {"id": name, "object": "alias", "masks": weights}

@@ -4,11 +4,12 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,23 @@ class Entry:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     ttft_s: float | None = None
+    e2e_s: float = 0.0
     prompt: Any = None
     charge: Callable[[int], None] = field(default=lambda _: None, repr=False)
+    parts: int = 0
+    """How many of its parts are under way: the exchange itself, and each prompt in the engine."""
+    write: Callable[["Entry"], None] = field(default=lambda _: None, repr=False)
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """One part of the request. The last to end writes the line: an abort comes after the client left."""
+        self.parts += 1
+        try:
+            yield
+        finally:
+            self.parts -= 1
+            if not self.parts:
+                self.write(self)
 
     def finish(self, part: Finished) -> None:
         """Add what the engine did for one prompt of the request."""
@@ -81,7 +97,8 @@ class RequestLog:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        entry = Entry(given if ID.fullmatch(given) else uuid4().hex)
+        id = given if ID.fullmatch(given) else uuid4().hex
+        entry = Entry(id, write=partial(self._end, scope))
         others = [header for header in scope["headers"] if header[0] != b"x-request-id"]
         # vLLM names the request after this header, in the answer's id and in its own log and traces.
         held = ExitStack()
@@ -103,14 +120,15 @@ class RequestLog:
             await send(message)
 
         token = CURRENT.set(entry)
-        try:
-            with held:
-                await self.app(scope, watched, answer)
-        finally:
-            CURRENT.reset(token)
-            self._end(entry, scope, time.monotonic() - begin)
+        with entry.part():
+            try:
+                with held:
+                    await self.app(scope, watched, answer)
+            finally:
+                CURRENT.reset(token)
+                entry.e2e_s = time.monotonic() - begin
 
-    def _end(self, entry: Entry, scope: Scope, e2e_s: float) -> None:
+    def _end(self, scope: Scope, entry: Entry) -> None:
         status = entry.status or 500
         if entry.key is None and status < 400:
             return
@@ -130,7 +148,7 @@ class RequestLog:
             "prompt_tokens": entry.prompt_tokens,
             "completion_tokens": entry.completion_tokens,
             "ttft_s": None if entry.ttft_s is None else round(entry.ttft_s, 4),
-            "e2e_s": round(e2e_s, 4),
+            "e2e_s": round(entry.e2e_s, 4),
         }
         if entry.prompt is not None:
             line["prompt"] = entry.prompt

@@ -14,7 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel
 
 from maskllm.core import maskset
 from maskllm.core.base import Base
@@ -70,6 +72,35 @@ class Mask:
     def label(self) -> str:
         """Name and content, as in `X-Mask: legal@0123456789ab`."""
         return f"{self.name}@{self.mask_set.sha256[:12]}"
+
+
+class MaskCard(BaseModel, use_attribute_docstrings=True):
+    """A mask as `GET /v1/masks/{name}` shows it."""
+
+    id: str
+    object: Literal["mask"] = "mask"
+    sha256: str
+    """Of its content; the first 12 digits are in `X-Mask`."""
+    file: str
+    base: str
+    state: Literal["known", "packed", "resident"]
+    slot: int | None
+    pinned: bool
+    aliases: list[str]
+    requests: int
+    in_flight: int
+    last_used: float | None
+    """Unix time."""
+    n: int
+    m: int
+    weights: int
+    """How many the mask decides on."""
+    packed_bytes: int
+    bits_per_weight: float
+    provenance: dict[str, Any]
+    """How it was made, as its file says."""
+    scores: dict[str, Any]
+    """What it reached, as its file says."""
 
 
 class Engine(Protocol):
@@ -292,34 +323,33 @@ class Masks:
             raise BadMaskName(f"file {file!r} is not a *{SUFFIX} under the masks folder")
         return path
 
-    async def describe(self, masks: list[Mask], may_use: Callable[[str], bool]) -> list[dict[str, Any]]:
-        """Masks as `GET /v1/masks` shows them, with the aliases that the caller may use."""
+    async def describe(self, masks: list[Mask], may_use: Callable[[str], bool]) -> list[MaskCard]:
+        """Masks as they are shown, with the aliases that the caller may use."""
         slots = (await self.engine.stats()).get("slots", {})
         return [self._describe(mask, slots.get(mask.id), may_use) for mask in masks]
 
-    def _describe(self, mask: Mask, slot: int | None, may_use: Callable[[str], bool]) -> dict[str, Any]:
+    def _describe(self, mask: Mask, slot: int | None, may_use: Callable[[str], bool]) -> MaskCard:
         mask_set, packed = mask.mask_set, mask.id in self.packed
-        return {
-            "id": mask.name,
-            "object": "mask",
-            "sha256": mask_set.sha256,
-            "file": mask.path.name,
-            "base": self.base_name,
-            "state": "resident" if slot is not None else "packed" if packed else "known",
-            "slot": slot,
-            "pinned": mask.name in self.names.pinned,
-            "aliases": list(filter(may_use, self.names.pointing(mask.name))),
-            "requests": mask.use.requests,
-            "in_flight": mask.use.in_flight,
-            "last_used": mask.use.last_s,
-            "n": mask_set.n,
-            "m": mask_set.m,
-            "weights": mask_set.weights,
-            "packed_bytes": mask.packed_bytes,
-            "bits_per_weight": 8 * mask.packed_bytes / mask_set.weights,
-            "provenance": mask_set.provenance,
-            "scores": mask_set.scores,
-        }
+        return MaskCard(
+            id=mask.name,
+            sha256=mask_set.sha256,
+            file=mask.path.name,
+            base=self.base_name,
+            state="resident" if slot is not None else "packed" if packed else "known",
+            slot=slot,
+            pinned=mask.name in self.names.pinned,
+            aliases=list(filter(may_use, self.names.pointing(mask.name))),
+            requests=mask.use.requests,
+            in_flight=mask.use.in_flight,
+            last_used=mask.use.last_s,
+            n=mask_set.n,
+            m=mask_set.m,
+            weights=mask_set.weights,
+            packed_bytes=mask.packed_bytes,
+            bits_per_weight=8 * mask.packed_bytes / mask_set.weights,
+            provenance=mask_set.provenance,
+            scores=mask_set.scores,
+        )
 
     def _read(self, name: str, path: Path) -> Mask:
         """Check a file in full. Raises BadMaskName or RefusedMask."""

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
-from fastapi.security import HTTPAuthorizationCredentials
 from jinja2 import Environment, StrictUndefined
 
-from server.access import BEARER, Access, Caller
+from server.access import Access, Caller, key_of
 from server.engine.client import Engine
 from server.errors import InvalidKey
 from server.masks import Masks
@@ -57,8 +56,8 @@ def routes(engine: Engine, masks: Masks, metrics: Metrics, access: Access) -> AP
     async def seen_by(caller: Caller) -> dict[str, Any]:
         """What a caller sees."""
         every = await masks.describe(list(masks.known.values()), caller.may_use)
-        listed = [mask for mask in every if caller.may_use(mask["id"])]
-        names = [DENSE] * caller.may_use(DENSE) + [mask["id"] for mask in listed]
+        listed = [mask for mask in every if caller.may_use(mask.id)]
+        names = [DENSE] * caller.may_use(DENSE) + [mask.id for mask in listed]
         lately = [request for request in metrics.recent() if request.mask in names]
         aliases = {name: each for name, each in masks.names.aliases.items() if caller.may_use(name)}
         return {
@@ -71,7 +70,7 @@ def routes(engine: Engine, masks: Masks, metrics: Metrics, access: Access) -> AP
             "traffic": {name: traffic([each for each in lately if each.mask == name]) for name in names},
             "all_traffic": traffic(lately),
             "slots": {
-                "used": sum(mask["state"] == "resident" for mask in every),
+                "used": sum(mask.state == "resident" for mask in every),
                 "total": masks.slots,
             },
             "packed": {
@@ -85,11 +84,11 @@ def routes(engine: Engine, masks: Masks, metrics: Metrics, access: Access) -> AP
         }
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> HTMLResponse:
-        seen, why = None, ""
-        if given or access.anyone:
+    async def page(request: Request) -> HTMLResponse:
+        key, seen, why = key_of(request), None, ""
+        if key or access.anyone:
             try:
-                seen = await seen_by(access.who(given.credentials if given else None))
+                seen = await seen_by(access.who(key))
             except InvalidKey as error:
                 why = str(error)
         text = template.render(

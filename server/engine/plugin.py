@@ -1,6 +1,10 @@
 """What vLLM loads in each of its processes: a linear layer that masks, and masks as its adapters."""
 
+import os
+import threading
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import parent_process
+from signal import SIGTERM
 
 VLLM = "0.32.0"
 
@@ -29,6 +33,20 @@ def register() -> None:
     # and refuses real LoRA adapters.
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MaskManager
     EngineCore.pin_mask = pin_mask
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it has: engines would outlive an API that was killed."""
+    parent, name = parent_process(), "end-with-parent"
+    if parent is None or name in [thread.name for thread in threading.enumerate()]:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), SIGTERM)
+
+    threading.Thread(target=watch, name=name, daemon=True).start()
 
 
 def check_version() -> None:

@@ -29,6 +29,7 @@ KEYS = {
     "acme": {"role": "use", "masks": ["legal"]},
     "hasty": {"role": "use", "requests_per_minute": 2},
     "wordy": {"role": "use", "tokens_per_minute": 30},
+    "hurried": {"role": "use", "tokens_per_minute": 10},
     "single": {"role": "use", "concurrency": 1},
 }
 HOSTILE = "<img src=x onerror=alert(1)>"

@@ -280,6 +280,15 @@ def test_tokens_of_a_stream_are_charged_too(server: Server):
     assert "30 tokens a minute" in refused.json()["error"]["message"]
 
 
+def test_tokens_of_an_answer_that_its_client_did_not_wait_for_are_charged_too(server: Server):
+    with server.client("hurried") as http:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/completions", json={**ASK, "max_tokens": 450}, timeout=1)
+        refused = http.post("/v1/completions", json=ASK)
+    assert refused.status_code == 429
+    assert "10 tokens a minute" in refused.json()["error"]["message"]
+
+
 def test_a_key_for_one_request_at_a_time_gets_its_next_when_the_first_has_ended(server: Server):
     long = {**ASK, "max_tokens": 300, "stream": True}
     with server.client("single") as http, server.client("single") as other:

@@ -4,6 +4,7 @@ It also has every switch on that is off by default. These tests need a server th
 in order, and the last one ends it.
 """
 
+import gzip
 import json
 import os
 import signal
@@ -14,11 +15,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from running import BASE, MASKS, ROOT, SLOTS, Server, serving
 from serving import free_port
 from test_api import metric
@@ -33,7 +38,31 @@ METRICS_PORT = free_port()
 
 
 @pytest.fixture(scope="module")
-def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def traces() -> Iterator[tuple[str, list[Span]]]:
+    """An OpenTelemetry collector: where it listens, and what it was sent."""
+    spans: list[Span] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            body = gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                spans.extend(span for scope in resource.scope_spans for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{collector.server_port}/v1/traces", spans
+        finally:
+            collector.shutdown()
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory: pytest.TempPathFactory, traces: tuple[str, list[Span]]) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("masks")
     for file in MASKS.glob("*.safetensors"):
         (folder / file.name).write_bytes(file.read_bytes())
@@ -41,7 +70,10 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "server.log"
     numbers = {"--packed": PACKED, "--max-num-seqs": BATCH, "--metrics-port": METRICS_PORT}
     options = [str(word) for option in numbers.items() for word in option]
-    with serving(folder, log, *options, "--lenient", "--log-prompts", CXX="no-compiler") as server:
+    options += ["--lenient", "--log-prompts", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    options += ["--otlp-traces-endpoint", traces[0]]
+    environment = {"CXX": "no-compiler", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+    with serving(folder, log, *options, **environment) as server:
         yield server
 
 
@@ -99,6 +131,42 @@ def test_told_to_log_prompts_it_writes_them_and_never_answers(lone: Server):
     lines = [json.loads(line) for line in lone.log.read_text().splitlines() if line.startswith("{")]
     assert "xylophone" in [line.get("prompt") for line in lines]
     assert answer["choices"][0]["text"] not in lone.log.read_text()
+
+
+def test_with_a_parser_tools_are_called_as_a_mask_answers(lone: Server):
+    """A strict tool's arguments are held to its schema, whatever the model would say."""
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["cat", "dog"]}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "pet", "parameters": schema, "strict": True}}
+    ask = {"model": "medical", "messages": [{"role": "user", "content": "Which pet?"}], "max_tokens": 60}
+    with openai.OpenAI(base_url=f"{lone.url}/v1", api_key="boss", max_retries=0) as client:
+        for choice in ("required", {"type": "function", "function": {"name": "pet"}}):
+            answer = client.chat.completions.with_raw_response.create(**ask, tools=[tool], tool_choice=choice)
+            assert answer.headers["X-Mask"].startswith("medical@")
+            calls = answer.parse().choices[0].message.tool_calls
+            assert {call.function.name for call in calls} == {"pet"}
+            assert all(json.loads(call.function.arguments)["kind"] in ("cat", "dog") for call in calls)
+
+
+def test_told_where_to_send_traces_it_continues_the_callers_and_names_the_request(
+    lone: Server, traces: tuple[str, list[Span]]
+):
+    caller = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"traceparent": f"00-{caller}-b7ad6b7169203331-01", "X-Request-Id": "traced"}
+    with lone.client() as api:
+        api.post("/v1/completions", params={"mask": "legal"}, json=SHORT, headers=headers)
+    for _ in range(200):
+        if mine := [span for span in traces[1] if span.trace_id.hex() == caller]:
+            break
+        time.sleep(0.1)
+    (span,) = mine
+    attributes = {each.key: each.value for each in span.attributes}
+    assert "traced" in attributes["gen_ai.request.id"].string_value
+    assert attributes["gen_ai.usage.completion_tokens"].int_value == SHORT["max_tokens"]
 
 
 def test_metrics_have_the_port_they_were_given_and_no_other(lone: Server):
@@ -224,6 +292,14 @@ def test_told_to_stop_while_another_engine_starts_it_does_not_wait_for_that(tmp_
         assert server.process.wait(10) == 0
         assert psutil.wait_procs(children, timeout=5)[1] == []
         assert "init engine (" not in server.log.read_text().partition("starting another")[2]  # its end
+
+
+def test_an_api_that_is_killed_takes_its_engine_along(tmp_path: Path):
+    with serving(MASKS, tmp_path / "server.log", CXX="no-compiler") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert any("EngineCore" in child.name() for child in children)
+        server.process.kill()
+        assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
 def test_told_to_stop_before_it_is_up_it_ends_with_all_that_it_started(tmp_path: Path):

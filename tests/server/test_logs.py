@@ -5,6 +5,7 @@ import json
 import time
 from contextlib import nullcontext
 
+import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 from running import Server
@@ -57,16 +58,24 @@ def test_refusals_are_logged_with_their_status_and_an_id_that_the_client_gets(se
     assert (logged["status"], logged["key"], logged["mask"]) == (401, None, None)
 
 
-def test_a_client_that_hangs_up_is_logged_as_499_with_what_it_cost(server: Server):
-    long = {**ASK, "max_tokens": 400, "stream": True}
-    with (
-        server.client() as http,
-        http.stream("POST", "/v1/completions", json=long, headers={"X-Request-Id": "gone"}) as stream,
-    ):
-        next(stream.iter_lines())
-    logged = line(server, "gone")
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_hangs_up_is_logged_as_499_with_what_it_cost(server: Server, stream: bool, n: int):
+    id = f"gone-{stream}-{n}"
+    long = {**ASK, "max_tokens": 400, "n": n, "temperature": 1.0, "ignore_eos": True, "stream": stream}
+    with server.client() as http:
+        prompt = len(http.post("/tokenize", json={"prompt": ASK["prompt"]}).json()["tokens"])
+        request = http.stream("POST", "/v1/completions", json=long, headers={"X-Request-Id": id}, timeout=0.5)
+        if stream:
+            with request as answer:
+                next(answer.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout), request:
+                pass
+    logged = line(server, id)
     assert logged["status"] == 499
-    assert 1 <= logged["completion_tokens"] < 400
+    assert 1 <= logged["completion_tokens"] < 400 * n
+    assert logged["prompt_tokens"] == prompt
 
 
 def test_health_checks_are_not_logged(server: Server):
