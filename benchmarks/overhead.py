@@ -12,12 +12,15 @@ has uvicorn's access log.
 
 A round is one turn of each: requests one after another, streamed, for the time to the first token, then
 16 at a time for throughput. The order changes from round to round, and turns are short, so that what else
-happens on the machine meets both. Figures are medians over all requests, and over the rounds' ratios; the
-API process's CPU time is that of all requests of the second kind.
+happens on the machine meets both. Both are started anew several times: two starts of the same server differ
+by up to 6 % for as long as they run, so that one pair tells nothing. The first is a median over all
+requests. Throughput is all tokens over all seconds; the interval of its ratio is that of pairs drawn anew.
+The API process's CPU time is that of all requests of the second kind.
 """
 
 import argparse
 import asyncio
+import random
 import signal
 import statistics
 import sys
@@ -25,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
@@ -33,48 +37,56 @@ import uvloop
 from report import Row, table, write
 from serving import BASE, MASKS, Server, running, serving
 
-ROUNDS, ONE_BY_ONE, TOGETHER, AT_A_TIME = 60, 15, 64, 16
-TOKENS = 32
+PAIRS, ROUNDS, ONE_BY_ONE, TOGETHER, AT_A_TIME = 8, 8, 15, 128, 16
+TOKENS, FIRST = 32, 4
 PROMPT = "The Secretary of the Treasury shall"
 NAMES = ("bare", "ours")
+
+
+@dataclass
+class Figures:
+    """What one server did in all of its turns."""
+
+    ttft_s: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    cpu_s: float = 0.0
+
+    def __add__(self, other: "Figures") -> "Figures":
+        return Figures(
+            self.ttft_s + other.ttft_s,
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+            self.cpu_s + other.cpu_s,
+        )
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def cpu_ms(self) -> float:
+        """Of the API process, for each request."""
+        return 1000 * self.cpu_s * TOKENS / self.tokens
+
+
+Pair = dict[str, Figures]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--quick", action="store_true", help="two short rounds, only printed")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"how often both are started ({PAIRS})")
+    parser.add_argument("--quick", action="store_true", help="one pair and two rounds, only printed")
     parser.add_argument("options", nargs="*", help="options of maskllm serve for both, after --")
     args = parser.parse_args()
-    rounds, one_by_one, together = (2, 10, 32) if args.quick else (args.rounds, ONE_BY_ONE, TOGETHER)
-    ttft_s: dict[str, list[float]] = {name: [] for name in NAMES}
-    per_s: dict[str, list[float]] = {name: [] for name in NAMES}
-    cpu_s: dict[str, list[float]] = {name: [] for name in NAMES}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        ours = stack.enter_context(serving(MASKS, Path(folder), *args.options))
-        pause(ours)
-        bare = [sys.executable, __file__, "bare", *args.options]
-        servers = {"bare": stack.enter_context(running(bare, Path(folder) / "bare.log")), "ours": ours}
-        pause(servers["bare"])
-        stack.callback(lambda: [resume(server) for server in servers.values()])
-        for turn in range(rounds + 1):
-            for name in NAMES if turn % 2 else reversed(NAMES):
-                with its_turn(servers[name]):
-                    first = asyncio.run(first_tokens(servers[name], one_by_one))
-                    before = cpu_time(servers[name])
-                    speed = asyncio.run(throughput(servers[name], together))
-                    cpu = cpu_time(servers[name]) - before
-                if turn:  # the first is a warm-up
-                    ttft_s[name] += first
-                    per_s[name].append(speed)
-                    cpu_s[name].append(cpu / together)
-                    ms = 1000 * statistics.median(first)
-                    print(f"round {turn}, {name}: {ms:.2f} ms, {speed:.1f} tokens/s", flush=True)
-    rows = figures(ttft_s, per_s, cpu_s)
+    count, rounds = (1, 2) if args.quick else (args.pairs, ROUNDS)
+    pairs = [measure(f"pair {number + 1}", rounds, args.options) for number in range(count)]
+    rows = report(pairs)
     note = (
-        f"{TOKENS} tokens of the dense base, {rounds} rounds of {one_by_one} requests one by one and "
-        f"{together} of which {AT_A_TIME} at a time"
+        f"{TOKENS} tokens of the dense base, {count} pairs of servers, of each {rounds} rounds of "
+        f"{ONE_BY_ONE} requests one by one and {TOGETHER} of which {AT_A_TIME} at a time"
     )
     if args.quick:
         about = {"command": "--quick", "date": "", "machine": "", "note": note, "of": "figure"}
@@ -83,26 +95,73 @@ def main() -> None:
         write("overhead", "python benchmarks/overhead.py", rows, note, of="figure")
 
 
-def figures(
-    ttft_s: dict[str, list[float]], per_s: dict[str, list[float]], cpu_s: dict[str, list[float]]
-) -> list[Row]:
-    bare, ours = (1000 * statistics.median(ttft_s[name]) for name in NAMES)
-    bare_cpu, ours_cpu = (1000 * statistics.mean(cpu_s[name]) for name in NAMES)
-    ratios = [ours / bare for bare, ours in zip(per_s["bare"], per_s["ours"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+def measure(label: str, rounds: int, options: list[str]) -> Pair:
+    """Start both, let them take turns, and stop them."""
+    pair = {name: Figures() for name in NAMES}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        ours = stack.enter_context(serving(MASKS, Path(folder), *options))
+        pause(ours)
+        bare = [sys.executable, __file__, "bare", *options]
+        servers = {"bare": stack.enter_context(running(bare, Path(folder) / "bare.log")), "ours": ours}
+        pause(servers["bare"])
+        stack.callback(lambda: [resume(server) for server in servers.values()])
+        for turn in range(rounds + 1):
+            for name in NAMES if turn % 2 else reversed(NAMES):
+                with its_turn(servers[name]):
+                    one = asyncio.run(take_turn(servers[name]))
+                if turn:  # the first is a warm-up
+                    pair[name] += one
+    for name, figures in pair.items():
+        ms = 1000 * statistics.median(figures.ttft_s)
+        print(
+            f"{label}, {name}: {ms:.2f} ms, {figures.tokens_per_s:.0f} tokens/s, {figures.cpu_ms:.2f} ms CPU"
+        )
+    print(f"{label}: {ratio([pair]):.3f}", flush=True)
+    return pair
+
+
+async def take_turn(server: Server) -> Figures:
+    """Requests one after another, then some at a time."""
+    async with server.session() as session:
+        first = [await ask(session, stream=True) for _ in range(ONE_BY_ONE)]
+        places, before, begin = asyncio.Semaphore(AT_A_TIME), cpu_time(server), time.perf_counter()
+
+        async def one() -> None:
+            async with places:
+                await ask(session, stream=False)
+
+        await asyncio.gather(*(one() for _ in range(TOGETHER)))
+        seconds = time.perf_counter() - begin
+    return Figures(first, TOGETHER * TOKENS, seconds, cpu_time(server) - before)
+
+
+def report(pairs: list[Pair]) -> list[Row]:
+    bare, ours = (total(pairs, name) for name in NAMES)
+    bare_ms, ours_ms = (1000 * statistics.median(each.ttft_s) for each in (bare, ours))
+    drawn = sorted(ratio(random.choices(pairs, k=len(pairs))) for _ in range(2000))
+    kind, cpu = "tokens/s, 16 at a time", "CPU of the API process, ms a request"
     return [
-        Row("TTFT p50, ms | bare vLLM", bare, "ms"),
-        Row("TTFT p50, ms | ours", ours, "ms", must=1.03 * bare + 1),
-        Row("TTFT p50, ms | difference", ours - bare, "ms", must=0.03 * bare + 1),
-        Row("tokens/s, 16 at a time | bare vLLM", statistics.median(per_s["bare"]), "tokens/s"),
-        Row("tokens/s, 16 at a time | ours", statistics.median(per_s["ours"]), "tokens/s", better="higher"),
-        Row("tokens/s, 16 at a time | ours / bare", middle, "x", must=0.97, better="higher"),
-        Row("tokens/s, 16 at a time | lower quartile", low, "x", better="higher"),
-        Row("tokens/s, 16 at a time | upper quartile", high, "x", better="higher"),
-        Row("CPU of the API process, ms a request | bare vLLM", bare_cpu, "ms"),
-        Row("CPU of the API process, ms a request | ours", ours_cpu, "ms"),
-        Row("CPU of the API process, ms a request | difference", ours_cpu - bare_cpu, "ms"),
+        Row("TTFT p50, ms | bare vLLM", bare_ms, "ms"),
+        Row("TTFT p50, ms | ours", ours_ms, "ms", must=1.03 * bare_ms + 1),
+        Row("TTFT p50, ms | difference", ours_ms - bare_ms, "ms", must=0.03 * bare_ms + 1),
+        Row(f"{kind} | bare vLLM", bare.tokens_per_s, "tokens/s", better="higher"),
+        Row(f"{kind} | ours", ours.tokens_per_s, "tokens/s", better="higher"),
+        Row(f"{kind} | ours / bare", ratio(pairs), "x", must=0.97, better="higher"),
+        Row(f"{kind} | 95 %, from", drawn[len(drawn) // 40], "x", better="higher"),
+        Row(f"{kind} | to", drawn[-len(drawn) // 40], "x", better="higher"),
+        Row(f"{cpu} | bare vLLM", bare.cpu_ms, "ms"),
+        Row(f"{cpu} | ours", ours.cpu_ms, "ms"),
+        Row(f"{cpu} | difference", ours.cpu_ms - bare.cpu_ms, "ms"),
     ]
+
+
+def total(pairs: list[Pair], name: str) -> Figures:
+    return sum((pair[name] for pair in pairs), Figures())
+
+
+def ratio(pairs: list[Pair]) -> float:
+    """Of ours to bare, in tokens a second."""
+    return total(pairs, "ours").tokens_per_s / total(pairs, "bare").tokens_per_s
 
 
 def cpu_time(server: Server) -> float:
@@ -130,31 +189,10 @@ def its_turn(server: Server) -> Iterator[None]:
         pause(server)
 
 
-async def first_tokens(server: Server, count: int) -> list[float]:
-    """Seconds to the first token of each request, one after another."""
-    seconds = []
-    async with server.session() as session:
-        for _ in range(count):
-            seconds.append(await ask(session, stream=True))
-    return seconds
-
-
-async def throughput(server: Server, count: int) -> float:
-    """Tokens a second of so many requests, AT_A_TIME of them in flight."""
-    async with server.session() as session:
-        places, begin = asyncio.Semaphore(AT_A_TIME), time.perf_counter()
-
-        async def one() -> None:
-            async with places:
-                await ask(session, stream=False)
-
-        await asyncio.gather(*(one() for _ in range(count)))
-        return count * TOKENS / (time.perf_counter() - begin)
-
-
 async def ask(session: aiohttp.ClientSession, stream: bool) -> float:
     """Seconds to the first token, or to the whole answer."""
-    body = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": stream}
+    tokens = FIRST if stream else TOKENS
+    body = {"prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": stream}
     begin = time.perf_counter()
     async with session.post("/v1/completions", json=body) as answer:
         answer.raise_for_status()
