@@ -407,6 +407,9 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     validate_parsed_serve_args(args)
     if args.api_key or envs.VLLM_API_KEY:
         raise BadOptions("--api-key and VLLM_API_KEY: make a key with `maskllm key ID`, and use --keys FILE")
+    if args.distributed_executor_backend == "ray" and not current_platform.ray_device_key:
+        name = current_platform.device_type
+        raise BadOptions(f"--distributed-executor-backend ray: vLLM has none on {name}: leave the option out")
     must = {
         "quantization": NAME,
         "worker_extension_cls": ours["worker-extension-cls"],

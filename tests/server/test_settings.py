@@ -60,6 +60,7 @@ def test_a_value_that_has_lora_in_it_is_nobodys_business(tmp_path):
             "--served-model-name ['prod'] does not work with masks yet: use --name",
         ),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 does not work with masks yet"),
+        (["--distributed-executor-backend", "ray"], "vLLM has none on cpu: leave the option out"),
         (["--api-key", "secret"], "make a key with `maskllm key ID`, and use --keys FILE"),
         (["--keys", "gone.json"], "--keys gone.json: No such file or directory"),
     ],
