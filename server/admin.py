@@ -30,7 +30,7 @@ class AliasTargets(BaseModel, extra="forbid"):
     masks: Weights
 
 
-class AliasCard(BaseModel):
+class AliasCard(BaseModel, use_attribute_docstrings=True):
     """An alias as it is shown."""
 
     id: str

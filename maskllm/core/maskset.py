@@ -155,6 +155,9 @@ def load(path: Path, base: Base | None = None) -> MaskSet:
     try:
         n, m, shapes = header["n"], header["m"], {k: (s[0], s[1]) for k, s in header["layers"].items()}
         base_sha256, provenance, scores = header["base"], header["provenance"], header["scores"]
+        for name, said in (("provenance", provenance), ("scores", scores)):
+            if not isinstance(said, dict):
+                raise TypeError(f"{name}, which must be a JSON object")
         patterns.check(n, m)
     except patterns.BadPattern as error:
         raise WrongPattern(f"{path.name}: {error}") from None

@@ -118,7 +118,7 @@ def linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Te
     if row_slots.dtype != torch.int32 or not row_slots.is_contiguous():
         row_slots = row_slots.to(torch.int32).contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
-    offset = bias.float() if bias is not None else None
+    offset = bias.float().contiguous() if bias is not None else None
     left = _library().maskllm_multiply(
         x.data_ptr(),
         TYPES[x.dtype],

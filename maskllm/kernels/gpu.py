@@ -88,6 +88,7 @@ def linear(
     rows = x.shape[0]
     if rows == 0 or present == (DENSE,):
         return functional.linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()
     if rows == 1:
         return _one_row(x, weight, slots, row_slots, bias)
     if rows <= FEW_ROWS:

@@ -499,7 +499,7 @@ def _has_python_headers() -> bool:
 def _finished(mask: str, begin: float, last: RequestOutput | None, tokens: int) -> Finished:
     """What the metrics want of a request, from its last output; "abort" where it was cut off."""
     e2e_s = time.monotonic() - begin
-    if last is None or not last.finished or last.outputs[0].finish_reason == "abort":
+    if last is None or not last.finished or "abort" in [choice.finish_reason for choice in last.outputs]:
         prompt = len(last.prompt_token_ids or []) if last else 0
         return Finished(mask, "abort", prompt, tokens, e2e_s)
     reason, stats = last.outputs[0].finish_reason or "stop", last.metrics

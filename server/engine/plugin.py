@@ -33,20 +33,18 @@ def register() -> None:
     # and refuses real LoRA adapters.
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MaskManager
     EngineCore.pin_mask = pin_mask
-    end_with_parent()
 
 
 def end_with_parent() -> None:
     """Let this process end when the one that started it has: engines would outlive an API that was killed."""
-    parent, name = parent_process(), "end-with-parent"
-    if parent is None or name in [thread.name for thread in threading.enumerate()]:
-        return
+    parent = parent_process()
 
     def watch() -> None:
-        parent.join()
-        os.kill(os.getpid(), SIGTERM)
+        if parent:
+            parent.join()
+            os.kill(os.getpid(), SIGTERM)
 
-    threading.Thread(target=watch, name=name, daemon=True).start()
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def check_version() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import threading
+import time
 from hashlib import sha256
 
 import httpx
@@ -11,6 +12,7 @@ import openai
 import pytest
 from fastapi import Response
 from running import KEYS, Server, bearer
+from test_api import metric
 
 from maskllm import cli
 from server.access import Access, BadKeys, Bucket, Caller, FullHouse, Key, admin, read_keys
@@ -283,7 +285,9 @@ def test_tokens_of_a_stream_are_charged_too(server: Server):
 def test_tokens_of_an_answer_that_its_client_did_not_wait_for_are_charged_too(server: Server):
     with server.client("hurried") as http:
         with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/completions", json={**ASK, "max_tokens": 450}, timeout=1)
+            http.post("/v1/completions", json={**ASK, "max_tokens": 450}, timeout=0.5)
+        while not metric(http, "maskllm_key_requests_total", key="hurried", status="499"):
+            time.sleep(0.05)
         refused = http.post("/v1/completions", json=ASK)
     assert refused.status_code == 429
     assert "10 tokens a minute" in refused.json()["error"]["message"]

@@ -65,7 +65,13 @@ def test_a_client_that_hangs_up_is_logged_as_499_with_what_it_cost(server: Serve
     long = {**ASK, "max_tokens": 400, "n": n, "temperature": 1.0, "ignore_eos": True, "stream": stream}
     with server.client() as http:
         prompt = len(http.post("/tokenize", json={"prompt": ASK["prompt"]}).json()["tokens"])
-        request = http.stream("POST", "/v1/completions", json=long, headers={"X-Request-Id": id}, timeout=0.5)
+        request = http.stream(
+            "POST",
+            "/v1/completions",
+            json=long,
+            headers={"X-Request-Id": id},
+            timeout=None if stream else 0.5,
+        )
         if stream:
             with request as answer:
                 next(answer.iter_lines())

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 #include "layout.h"
 
@@ -21,7 +22,8 @@ using namespace maskllm;
 
 namespace {
 
-using Value = uint64_t;  // an argument or a result: a tensor's handle, or for one that may be missing 0 or a pointer to it
+using Value = uint64_t;  // an argument or a result: a tensor's handle, or for one that may be missing 0 or an `Optional*`
+using Optional = Value;
 using Handle = void*;
 
 const char* (*what)() = nullptr;  // torch's last error
@@ -41,6 +43,7 @@ Function<Handle, int64_t**> get_sizes, get_strides;
 Function<Handle, int32_t*> get_dtype;
 Function<int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*> empty_strided;
 Function<Handle> delete_tensor;
+Function<Optional*> delete_optional;
 Function<const char*, const char*, Value*> call_dispatcher;
 Function<const char*, const char*, const char*, uint32_t, Handle*> library_init_impl;
 Function<Handle, const char*, void (*)(Value*, uint64_t, uint64_t)> library_impl;
@@ -50,6 +53,7 @@ bool find_all(void* torch) {
            get_sizes.find(torch, "aoti_torch_get_sizes") && get_strides.find(torch, "aoti_torch_get_strides") &&
            get_dtype.find(torch, "aoti_torch_get_dtype") && empty_strided.find(torch, "aoti_torch_empty_strided") &&
            delete_tensor.find(torch, "aoti_torch_delete_tensor_object") &&
+           delete_optional.find(torch, "torch_delete_stable_ivalue") &&
            call_dispatcher.find(torch, "aoti_torch_call_dispatcher") &&
            library_init_impl.find(torch, "aoti_torch_library_init_impl") &&
            library_impl.find(torch, "aoti_torch_library_impl") &&
@@ -71,10 +75,24 @@ struct Matrix {
 const int32_t* step_slots = nullptr;  // the slot of each row of the step about to run
 long step_rows = 0, many = 0;         // and from how many weights on a second thread helps
 
-// The product, if it is one for the kernels alone: the step's rows, two dimensions, no bias.
+Handle bias_of(const Value* arguments) { return arguments[3] ? (Handle) * (const Optional*)arguments[3] : nullptr; }
+
+// A bias as the kernels take it, until the next one; null where it is of another type.
+const float* floats(const Matrix& bias) {
+    static thread_local std::vector<float> converted;
+    if (bias.type == F32 && bias.strides[0] == 1) return (const float*)bias.data;
+    if (bias.type != BF16) return nullptr;
+    converted.resize(bias.sizes[0]);
+    for (int64_t n = 0; n < bias.sizes[0]; n++) converted[n] = to_float(((const uint16_t*)bias.data)[n * bias.strides[0]]);
+    return converted.data();
+}
+
+// The product, if it is one for the kernels alone: the step's rows, in two dimensions.
 Handle multiply(const Value* arguments) {
     const Matrix x((Handle)arguments[0]), weight((Handle)arguments[1]), slots((Handle)arguments[2]);
-    const bool plain = !arguments[3] && step_slots && x.dim == 2 && x.sizes[0] == step_rows && x.strides[1] == 1 &&
+    const Handle bias = bias_of(arguments);
+    const float* offsets = bias ? floats(Matrix(bias)) : nullptr;
+    const bool plain = (offsets || !bias) && step_slots && x.dim == 2 && x.sizes[0] == step_rows && x.strides[1] == 1 &&
                        (x.type == F32 || x.type == BF16) && weight.strides[1] == 1 &&
                        (slots.type == BF16 || slots.type == INT8);
     if (!plain || !maskllm_multiplies_all(x.type, step_slots, step_rows, weight.type)) return nullptr;
@@ -85,7 +103,7 @@ Handle multiply(const Value* arguments) {
     const long left = maskllm_multiply(
         x.data, x.type, x.strides[0], x.sizes[0], step_slots, weight.data, weight.type, weight.strides[0],
         (const uint8_t*)slots.data, slots.sizes[0], slots.strides[0] * (slots.type == BF16 ? 2 : 1), slots.type,
-        weight.sizes[0], weight.sizes[1], nullptr, Matrix(out).data, threads);
+        weight.sizes[0], weight.sizes[1], offsets, Matrix(out).data, threads);
     if (!left) return out;
     delete_tensor(out);
     return nullptr;  // a slot that there is not, which the other one says
@@ -95,6 +113,7 @@ void layer(Value* stack, uint64_t, uint64_t) {
     Handle out = multiply(stack);
     if (!out) return call_dispatcher("maskllm::any_layer", "", stack);
     for (int i = 0; i < 3; i++) delete_tensor((Handle)stack[i]);
+    if (Handle bias = bias_of(stack)) delete_tensor(bias), delete_optional((Optional*)stack[3]);
     stack[0] = (Value)out;
 }
 

@@ -150,6 +150,15 @@ def test_a_flipped_code_that_is_still_in_range_does_not_match_the_digest(tmp_pat
         load(path)
 
 
+@pytest.mark.parametrize("field", ["provenance", "scores"])
+@pytest.mark.parametrize("said", [None, ["by hand"], "by hand"])
+def test_what_a_file_says_of_itself_is_an_object_or_the_file_is_damaged(tmp_path: Path, field, said) -> None:
+    path = tmp_path / "a.safetensors"
+    save(replace(a_mask_set(), **{field: said}), path)
+    with pytest.raises(DamagedMask, match=rf"garbles {field}, which must be a JSON object"):
+        load(path)
+
+
 def test_a_file_cut_off_anywhere_is_truncated(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save(a_mask_set(), path)

@@ -54,6 +54,21 @@ def test_masked_rows_are_multiplied_without_python(rows, dtype, mask_dtype):
 
 
 @pytest.mark.parametrize(
+    "bias", [torch.randn(OUTS), torch.randn(OUTS).bfloat16(), torch.randn(2 * OUTS)[::2]]
+)
+def test_a_bias_is_added_without_python_and_nothing_is_kept_of_a_call(bias):
+    x, weight, slots = arguments(torch.bfloat16, torch.bfloat16, 3)
+    begin_step([1, 0, 1], CPU)
+    kept = [each._use_count() for each in (x, weight, slots, bias)]
+    ours, theirs, called = both(x, weight, slots, bias)
+    alone, _, _ = both(x, weight, slots, None)
+    assert [each._use_count() for each in (x, weight, slots, bias)] == kept
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ours.float(), alone.float() + bias.float(), rtol=2e-2, atol=2e-2)
+    assert called == (not bias.is_contiguous())
+
+
+@pytest.mark.parametrize(
     ("what", "rows"),
     {
         "dense rows that torch does better": [DENSE] * 40,
@@ -63,7 +78,7 @@ def test_masked_rows_are_multiplied_without_python(rows, dtype, mask_dtype):
         "a step without masks": None,
         "three dimensions": [0] * 6,
         "columns that are apart": [0] * 4,
-        "a bias": [0] * 4,
+        "a bias of float16": [0] * 4,
         "float16": [0] * 4,
         "any mask": [0] * 4,
     }.items(),
@@ -80,8 +95,8 @@ def test_python_does_the_rest(what, rows):
             x = x.view(2, 3, COLUMNS)
         case "columns that are apart":
             x = torch.randn(4, 2 * COLUMNS)[:, ::2]
-        case "a bias":
-            bias = torch.randn(OUTS)
+        case "a bias of float16":
+            bias = torch.randn(OUTS).half()
         case "float16":
             x = x.half()
         case "any mask":
