@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import profile
+from vllm.platforms import current_platform
 
 from maskllm.core.patterns import pack
 from maskllm.kernels import DENSE, cpu
@@ -13,7 +14,12 @@ from server.engine.linear import begin_step
 CPU = torch.device("cpu")
 OUTS, COLUMNS = 12, 140
 
-pytestmark = pytest.mark.skipif(bool(cpu.why_not()), reason=str(cpu.why_not()))
+pytestmark = [
+    pytest.mark.skipif(bool(cpu.why_not()), reason=str(cpu.why_not())),
+    pytest.mark.skipif(
+        not current_platform.is_cpu(), reason="needs vLLM's build for CPU, and this is another"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
