@@ -1,22 +1,26 @@
-"""deploy/kubernetes, as kubectl builds it: valid for Kubernetes, locked down, and true to the server."""
+"""deploy/kubernetes, as kubectl builds it: valid, locked down, and true to the server and to who reads it."""
 
 import importlib
 import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jsonschema import ValidationError
+from jsonschema import validate as check
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"
 OVERLAYS = ["cpu", "gpu", "replicas"]
 NAMES = sorted(file.stem for file in (ROOT / "examples/demo/masks").glob("*.safetensors"))
 ME = {"app.kubernetes.io/name": "maskllm"}
+SCHEMAS = yaml.safe_load((Path(__file__).parent / "kubernetes_schemas.yaml").read_text())
 
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl, which is not here")
 
@@ -34,17 +38,57 @@ def pod(overlay: str) -> dict[str, Any]:
     return spec
 
 
+def read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((KUBERNETES / name).read_text())
+    return content
+
+
+def llm_ds() -> dict[str, Any]:
+    """What llm-d's endpoint picker is configured with."""
+    epp = read("llm-d.yaml")["router"]["epp"]
+    config: dict[str, Any] = yaml.safe_load(epp["pluginsCustomConfig"][epp["pluginsConfigFile"]])
+    return config
+
+
 @needs_kubectl
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_what_is_kubernetes_own_is_valid(overlay: str):
+def test_every_resource_is_valid(overlay: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own, at import
         validate = importlib.import_module("kubernetes_validate").validate
-    resources = built(overlay)
-    own = {kind: each for kind, each in resources.items() if "coreos" not in each["apiVersion"]}
-    assert set(resources) - set(own) == {"ServiceMonitor"}
-    for resource in own.values():
-        validate(resource, "1.33", strict=True)
+    for kind, resource in built(overlay).items():
+        if kind in SCHEMAS:
+            check(resource, SCHEMAS[kind])
+        else:
+            validate(resource, "1.33", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "content"),
+    [
+        ("ServiceMonitor", read("base/servicemonitor.yaml")),
+        ("llm-d.yaml", read("llm-d.yaml")),
+        ("EndpointPickerConfig", llm_ds()),
+        ("production-stack.yaml", read("production-stack.yaml")),
+    ],
+)
+def test_a_misspelt_key_of_what_kubernetes_does_not_check_is_found(schema: str, content: dict[str, Any]):
+    check(content, SCHEMAS[schema])
+    for wrong in misspelt(content):
+        with pytest.raises(ValidationError):
+            check(wrong, SCHEMAS[schema])
+
+
+def misspelt(content: Any) -> Iterator[Any]:
+    """The content with one key wrong, for each key. One with a dot is a label or a file, of any name."""
+    if isinstance(content, list):
+        for at, value in enumerate(content):
+            yield from ([*content[:at], wrong, *content[at + 1 :]] for wrong in misspelt(value))
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from (content | {key: wrong} for wrong in misspelt(value))
+            if "." not in key:
+                yield {f"{each}x" if each == key else each: content[each] for each in content}
 
 
 @needs_kubectl
@@ -79,15 +123,52 @@ def test_whoever_selects_pods_selects_these_and_no_others():
     assert resources["Service"]["metadata"]["labels"] == ME
     for kind in ("Deployment", "PodDisruptionBudget", "ServiceMonitor"):
         assert resources[kind]["spec"]["selector"] == {"matchLabels": ME}
-    llm_d = yaml.safe_load((KUBERNETES / "llm-d.yaml").read_text())
-    assert llm_d["router"]["modelServers"]["matchLabels"] == ME
+    assert read("llm-d.yaml")["router"]["modelServers"]["matchLabels"] == ME
+    (label,) = ME.items()
+    options = read("production-stack.yaml")["routerSpec"]["extraArgs"]
+    assert option(options, "--k8s-label-selector") == "=".join(label)
+
+
+@needs_kubectl
+def test_whoever_asks_a_pod_asks_at_its_port():
+    resources = built("replicas")
+    (server,) = pod("replicas")["containers"]
+    (port,) = server["ports"]
+    (service,) = resources["Service"]["spec"]["ports"]
+    assert service["targetPort"] == port["name"]
+    (endpoint,) = resources["ServiceMonitor"]["spec"]["endpoints"]
+    assert endpoint["port"] == service["name"]
+    assert read("llm-d.yaml")["router"]["modelServers"]["targetPorts"] == [{"number": port["containerPort"]}]
+    options = read("production-stack.yaml")["routerSpec"]["extraArgs"]
+    assert option(options, "--k8s-port") == str(port["containerPort"])
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert server[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+@needs_kubectl
+def test_a_pod_may_take_ten_minutes_to_start_and_is_left_alone_after_ten_seconds_of_trouble():
+    (server,) = pod("replicas")["containers"]
+    starting, ready = server["startupProbe"], server["readinessProbe"]
+    assert starting["periodSeconds"] * starting["failureThreshold"] >= 600
+    assert ready["periodSeconds"] * ready["failureThreshold"] <= 10
+
+
+@needs_kubectl
+def test_a_node_can_be_emptied_and_one_of_two_replicas_stays():
+    resources = built("replicas")
+    may_go = resources["PodDisruptionBudget"]["spec"]["maxUnavailable"]
+    assert 0 < may_go < resources["HorizontalPodAutoscaler"]["spec"]["minReplicas"]
 
 
 @needs_kubectl
 def test_a_pod_outlives_its_last_request_and_an_engines_restart():
     spec = pod("replicas")
     (server,) = spec["containers"]
-    grace_s = int(server["args"][server["args"].index("--grace-s") + 1])
+    grace_s = int(option(server["args"], "--grace-s"))
     leaving_s = server["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert spec["terminationGracePeriodSeconds"] >= leaving_s + grace_s + 10
     alive = server["livenessProbe"]
@@ -96,7 +177,7 @@ def test_a_pod_outlives_its_last_request_and_an_engines_restart():
 
 @needs_kubectl
 def test_the_autoscaler_reads_what_the_adapter_makes():
-    (rule,) = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    (rule,) = read("prometheus-adapter.yaml")["rules"]["custom"]
     scaler = built("replicas")["HorizontalPodAutoscaler"]["spec"]
     assert scaler["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
     assert rule["seriesQuery"].startswith(rule["name"]["matches"] + "{")
@@ -104,12 +185,14 @@ def test_the_autoscaler_reads_what_the_adapter_makes():
     assert scaler["minReplicas"] == 2
 
 
-def test_every_plugin_that_llm_d_shall_score_with_is_there():
-    epp = yaml.safe_load((KUBERNETES / "llm-d.yaml").read_text())["router"]["epp"]
-    config = yaml.safe_load(epp["pluginsCustomConfig"][epp["pluginsConfigFile"]])
+def test_llm_d_scores_with_plugins_that_it_has_and_by_mask_above_all():
+    config = llm_ds()
+    plugins = [each.get("name", each["type"]) for each in config["plugins"]]
+    assert len(set(plugins)) == len(plugins)
     (profile,) = config["schedulingProfiles"]
-    used = {each["pluginRef"] for each in profile["plugins"]}
-    assert used <= {each["type"] for each in config["plugins"]}
+    weights = {each["pluginRef"]: each.get("weight", 0) for each in profile["plugins"]}
+    assert set(weights) <= set(plugins)
+    assert max(weights, key=weights.__getitem__) == "lora-affinity-scorer"
 
 
 def test_the_init_container_fetches_the_demos_masks(tmp_path: Path):
