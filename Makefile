@@ -19,13 +19,16 @@ gpu: .venv/gpu-dev  ## Run the tests that need a GPU, then measure its kernels
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/python benchmarks/gpu.py
 
-check: .venv/$(ENGINE)-dev  ## Format, lint, types, import directions, tables, dashboards, alerts, compose
+check: .venv/$(ENGINE)-dev  ## Format, lint, types, import directions, tables, images, compose, dashboards, alerts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/report.py readme --check
+	$(BIN)/hadolint Dockerfile deploy/stand-ins.Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose*.yml
 	$(BIN)/python -m pytest -q tests/deploy/test_dashboards.py tests/deploy/test_prometheus.py tests/deploy/test_compose_files.py
+	$(BIN)/python -m pytest -q tests/deploy/test_watching.py -k every_query
 
 tour: .venv/$(ENGINE)  ## Prune, learn, inspect, evaluate, serve, ask, swap, stop
 	$(BIN)/python examples/tour.py

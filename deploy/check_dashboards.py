@@ -68,11 +68,33 @@ def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
     return (panel for panel in board["panels"] if panel["type"] != "row")
 
 
-def filled_in(expr: str, board: dict[str, Any], window: str) -> str:
-    """As Grafana would ask it with all variables at All, and `window` as its $__rate_interval."""
+def options(prometheus: Prometheus, variable: dict[str, Any], chosen: dict[str, str]) -> list[str]:
+    """What a variable can be, given those before it. Raises ValueError with Prometheus' own words."""
+    match = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+    assert match, variable
+    series, label = filled_in(match[1], chosen), match[2]
+    values: list[str] = prometheus.ask(f"/api/v1/label/{label}/values", **{"match[]": series})
+    return values
+
+
+def everything(variable: dict[str, Any], values: list[str]) -> str:
+    """What Grafana puts into a query for a variable at All: its allValue, or each value it can have."""
+    either = "|".join(map(re.escape, values)).replace("\\", "\\\\")
+    return str(variable.get("allValue", f"({either})"))
+
+
+def at_all(prometheus: Prometheus, board: dict[str, Any]) -> dict[str, str]:
+    """Every variable at All."""
+    chosen: dict[str, str] = {}
     for variable in board["templating"]["list"]:
-        expr = expr.replace(f"${variable['name']}", variable["allValue"])
-    expr = expr.replace("$__rate_interval", window)
+        chosen[variable["name"]] = everything(variable, options(prometheus, variable, chosen))
+    return chosen
+
+
+def filled_in(expr: str, chosen: dict[str, str], window: str = "") -> str:
+    """As Grafana would ask it, with `window` as its $__rate_interval."""
+    for name, text in {**chosen, "__rate_interval": window}.items():
+        expr = expr.replace(f"${name}", text)
     assert "$" not in expr, expr
     return expr
 
@@ -91,21 +113,20 @@ def check(prometheus: Prometheus, minutes: float, window: str, step_s: float = S
             wrong.append(f"{what}: {trouble}")
 
     for board in boards():
+        chosen: dict[str, str] = {}
         for variable in board["templating"]["list"]:
-            match = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
-            assert match, variable
-            series, label = filled_in(match[1], board, window), match[2]
-            what = f"{board['title']} / ${variable['name']}"
+            what, values = f"{board['title']} / ${variable['name']}", []
             try:
-                values = prometheus.ask(f"/api/v1/label/{label}/values", **{"match[]": series})
+                values = options(prometheus, variable, chosen)
             except ValueError as error:
                 note(what, 0, str(error))
             else:
                 note(what, len(values), "" if values else "no value")
+            chosen[variable["name"]] = everything(variable, values)
         for panel in panels(board):
             for target in panel["targets"]:
                 what = f"{board['title']} / {panel['title']} {target['refId']}"
-                expr = filled_in(target["expr"], board, window)
+                expr = filled_in(target["expr"], chosen, window)
                 try:
                     answer = prometheus.range(expr, end - 60 * minutes, end, step_s)
                 except ValueError as error:

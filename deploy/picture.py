@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.dates as mdates
 import matplotlib.pyplot as plt
 import numpy as np
-from check_dashboards import DASHBOARDS, Prometheus, Series, filled_in
+from check_dashboards import DASHBOARDS, Prometheus, Series, at_all, filled_in
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LinearLocator, MaxNLocator
@@ -86,6 +86,7 @@ class Picture:
 
     def _board(self, board: dict[str, Any], left: float, top: float) -> None:
         self._text(left + 0.3, top + 1, board["title"], size=15, weight="bold")
+        chosen = at_all(self.prometheus, board)
         for panel in board["panels"]:
             place = panel["gridPos"]
             x, y = left + place["x"], top + HEAD + place["y"]
@@ -100,7 +101,7 @@ class Picture:
                 "state-timeline": self._timeline,
                 "table": self._table,
             }[panel["type"]]
-            draw(panel, board, (x, y, place["w"], place["h"]))
+            draw(panel, chosen, (x, y, place["w"], place["h"]))
 
     def _text(self, x: float, y: float, text: str, **style: Any) -> None:
         self.figure.text(x / self.width, 1 - y / self.height, text, **style)
@@ -113,9 +114,9 @@ class Picture:
             (x / self.width, 1 - (y + h) / self.height, w / self.width, h / self.height)
         )
 
-    def _ask(self, target: dict[str, Any], board: dict[str, Any]) -> list[tuple[Series, np.ndarray]]:
+    def _ask(self, target: dict[str, Any], chosen: dict[str, str]) -> list[tuple[Series, np.ndarray]]:
         """Each series, and its values at self.times: NaN where it has none."""
-        expr = filled_in(target["expr"], board, self.window)
+        expr = filled_in(target["expr"], chosen, self.window)
         asked = self.prometheus.range(expr, self.begin, self.end, self.step_s)
         values = [dict(zip(series.times, series.values, strict=True)) for series in asked]
         return [
@@ -124,21 +125,21 @@ class Picture:
             if not series.empty
         ]
 
-    def _named(self, panel: dict[str, Any], board: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
+    def _named(self, panel: dict[str, Any], chosen: dict[str, str]) -> list[tuple[str, np.ndarray]]:
         named = []
         for target in panel["targets"]:
-            for series, values in self._ask(target, board):
+            for series, values in self._ask(target, chosen):
                 legend = target["legendFormat"]
                 for label, text in series.labels.items():
                     legend = legend.replace(f"{{{{{label}}}}}", text)
                 named.append((legend, values))
         return sorted(named, key=lambda each: each[0]) if len(panel["targets"]) == 1 else named
 
-    def _stat(self, panel: dict[str, Any], board: dict[str, Any], box: tuple[float, ...]) -> None:
+    def _stat(self, panel: dict[str, Any], chosen: dict[str, str], box: tuple[float, ...]) -> None:
         fields = panel["fieldConfig"]["defaults"]
         axes = self._axes(box, left=0.2, right=0.2, top=1, bottom=0.2)
         axes.set_axis_off()
-        found = self._named(panel, board)
+        found = self._named(panel, chosen)
         text, color = fields["noValue"], "gray"
         if found:
             values = found[0][1]
@@ -151,10 +152,10 @@ class Picture:
         style = {"size": 12 if len(text) > 9 else 15, "color": COLORS[color], "weight": "bold"}
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", **style)
 
-    def _series(self, panel: dict[str, Any], board: dict[str, Any], box: tuple[float, ...]) -> None:
+    def _series(self, panel: dict[str, Any], chosen: dict[str, str], box: tuple[float, ...]) -> None:
         fields = panel["fieldConfig"]["defaults"]
         axes = self._axes(box, left=1.7, right=0.3, top=1.1, bottom=2.6)
-        found = self._named(panel, board)
+        found = self._named(panel, chosen)
         colors = plt.get_cmap("tab10").colors
         if fields["custom"]["stacking"]["mode"] == "normal":
             layers = [np.nan_to_num(values) for _, values in found]
@@ -178,10 +179,10 @@ class Picture:
         legend["ncol"] = max(1, min(4, int(7 * (box[2] - 2) / (5 + max(map(len, shown[1]))))))
         axes.legend(*(each[:LEGEND] for each in shown), handlelength=1, columnspacing=0.8, **legend)
 
-    def _timeline(self, panel: dict[str, Any], board: dict[str, Any], box: tuple[float, ...]) -> None:
+    def _timeline(self, panel: dict[str, Any], chosen: dict[str, str], box: tuple[float, ...]) -> None:
         (mapping,) = panel["fieldConfig"]["defaults"]["mappings"]
         axes = self._axes(box, left=1.7, right=0.3, top=1.1, bottom=2.6)
-        found = self._named(panel, board)
+        found = self._named(panel, chosen)
         width = self.dates[1] - self.dates[0]
         for at, (_, values) in enumerate(found):
             for state, look in mapping["options"].items():
@@ -200,7 +201,7 @@ class Picture:
         legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "fontsize": 6.5, "frameon": False}
         axes.legend(ncol=3, handlelength=1, **legend)
 
-    def _table(self, panel: dict[str, Any], board: dict[str, Any], box: tuple[float, ...]) -> None:
+    def _table(self, panel: dict[str, Any], chosen: dict[str, str], box: tuple[float, ...]) -> None:
         """One row a mask, with the last values."""
         looks = {
             override["matcher"]["options"]: {each["id"]: each["value"] for each in override["properties"]}
@@ -210,7 +211,7 @@ class Picture:
         for at, target in enumerate(panel["targets"]):
             look = looks[f"Value #{target['refId']}"]
             names.append(look["displayName"])
-            for series, values in self._ask(target, board):
+            for series, values in self._ask(target, chosen):
                 text = written(values[-1], look["unit"])
                 if "mappings" in look:
                     text = look["mappings"][0]["options"].get(text, {"text": text})["text"]

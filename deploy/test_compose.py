@@ -49,7 +49,9 @@ class Compose:
         for probe in probes:
             probe.close()
         published = {name: str(port) for name, port in self.ports.items()}
-        self.environment = os.environ | published | {"LOAD_TARGET": "http://haproxy:8000"}
+        # Fewer slots than masks, so that there are swaps to watch.
+        chosen = {"LOAD_TARGET": "http://haproxy:8000", "SERVE_ARGS": "--slots 4"}
+        self.environment = os.environ | published | chosen
 
     def __call__(self, *command: str) -> str:
         """What a command of compose prints; raises CalledProcessError where it fails."""
@@ -62,6 +64,14 @@ class Compose:
             check=True,
         )
         return done.stdout
+
+    def container(self, service: str) -> dict[str, Any]:
+        """What Docker knows of a service's container."""
+        identity = self("ps", "--quiet", service).strip()
+        found: list[dict[str, Any]] = json.loads(
+            subprocess.run(["docker", "inspect", identity], stdout=subprocess.PIPE, check=True).stdout
+        )
+        return found[0]
 
     def url(self, port: str) -> str:
         return f"http://127.0.0.1:{self.ports[port]}"
@@ -110,6 +120,7 @@ def main() -> None:
 
 def check(compose: Compose, no_cache: bool, stubs: list[str]) -> None:
     """Everything, from nothing to stopped. Raises at the first thing that is wrong."""
+    check_gpu(compose)
     begin = time.monotonic()
     compose("build", *(["--no-cache"] if no_cache else []), "server")
     say(begin, "the server's image is built")
@@ -122,10 +133,15 @@ def check(compose: Compose, no_cache: bool, stubs: list[str]) -> None:
     begin = time.monotonic()
     compose("up", "--detach", "--build", "--wait", "--wait-timeout", "900")
     say(begin, "everything is healthy")
+    check_container(compose)
     check_masks(compose)
     check_balance(compose)
     check_load(compose)
     check_watching(compose, stubs)
+
+    begin = time.monotonic()
+    check_restart(compose)
+    say(begin, "the server, killed, is back")
 
     begin = time.monotonic()
     compose("stop")
@@ -133,6 +149,43 @@ def check(compose: Compose, no_cache: bool, stubs: list[str]) -> None:
     expected = ("server", "replica", "haproxy", "prometheus", "alertmanager")
     assert all(codes[service] == 0 for service in expected), codes
     say(begin, f"stopped with {codes}")
+
+
+def check_gpu(compose: Compose) -> None:
+    """The file for GPUs, merged by compose itself: CUDA's image, and for each replica a GPU."""
+    files = ("-f", "docker-compose.yml", "-f", "docker-compose.gpu.yml")
+    services = json.loads(compose(*files, "config", "--format", "json"))["services"]
+    for name, gpu in (("server", "0"), ("replica", "1")):
+        service = services[name]
+        assert (service["image"], service["build"]["args"]["DEVICE"]) == ("maskllm:cuda", "cuda"), service
+        reserved = service["deploy"]["resources"]["reservations"]["devices"]
+        assert [device["device_ids"] for device in reserved] == [[gpu]], service
+        assert service["read_only"], service
+
+
+def check_container(compose: Compose) -> None:
+    """The server's is as small and shut as promised: user 1000, nothing to write on, no build tools."""
+    look = (
+        "id -u; for tool in gcc g++ cc c++ ld make git; do command -v $tool; done; touch /app/new && echo new"
+    )
+    assert compose("exec", "-T", "server", "sh", "-c", f"{look}; :") == "1000\n"
+    container = compose.container("server")
+    assert container["HostConfig"]["ReadonlyRootfs"], container["HostConfig"]
+    labels = container["Config"]["Labels"]
+    assert labels["org.opencontainers.image.title"] == "maskllm", labels
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0", labels
+
+
+def check_restart(compose: Compose) -> None:
+    """A server that dies is started again."""
+
+    def back() -> None:
+        assert compose.container("server")["RestartCount"] == 1
+        compose.ask("PORT", "legal")
+
+    # Not `docker kill`, after which Docker itself starts nothing again.
+    compose("exec", "-T", "server", "sh", "-c", "kill -9 $(cat /proc/1/task/1/children)")
+    until(back, 600)
 
 
 def check_masks(compose: Compose) -> None:
@@ -190,6 +243,10 @@ def check_watching(compose: Compose, stubs: list[str]) -> None:
     assert len(managers) == 1, managers
     firing = [rule["name"] for rule in rules if rule["type"] == "alerting" and rule["state"] == "firing"]
     print(f"{len(rules)} rules, firing: {firing or 'none'}")
+    # What the alert of a replica that is down reads.
+    series = urlencode({"query": 'haproxy_server_status{proxy="replicas", state="UP"} == 1'})
+    up = until(lambda: compose.answer("PROMETHEUS_PORT", f"/api/v1/query?{series}")[0]["data"]["result"], 60)
+    assert {each["metric"]["server"] for each in up} == {"one", "two"}, up
     check = [
         sys.executable,
         str(ROOT / "deploy/check_dashboards.py"),

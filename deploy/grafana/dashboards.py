@@ -83,9 +83,12 @@ def panel(kind: str, title: str, description: str, queries: list[Query], **rest:
     }
 
 
+def thresholds(steps: Steps) -> dict[str, Any]:
+    return {"mode": "absolute", "steps": [{"value": value, "color": color} for value, color in steps]}
+
+
 def field(unit: str, steps: Steps = GOOD, **rest: Any) -> dict[str, Any]:
-    thresholds = {"mode": "absolute", "steps": [{"value": value, "color": color} for value, color in steps]}
-    return {"defaults": {"unit": unit, "thresholds": thresholds, **rest}, "overrides": []}
+    return {"defaults": {"unit": unit, "thresholds": thresholds(steps), **rest}, "overrides": []}
 
 
 def stat(title: str, description: str, unit: str, expr: str, steps: Steps = GOOD) -> dict[str, Any]:
@@ -163,14 +166,17 @@ def residency(title: str, description: str) -> dict[str, Any]:
     )
 
 
-def table(title: str, description: str, *columns: tuple[str, str, str]) -> dict[str, Any]:
-    """One row a mask, as things are now; a column is its name, its unit, and its query."""
+def table(
+    title: str, description: str, *columns: tuple[str, str, str], steps: dict[str, Steps]
+) -> dict[str, Any]:
+    """One row a mask, as things are now; a column is its name, its unit, and its query. Some have `steps`."""
     made = panel("table", title, description, [(expr, "") for _, _, expr in columns])
     for target in made["targets"]:
         del target["range"]
         target |= {"instant": True, "format": "table"}
     fields = field("short", noValue="-")
-    link = "/d/maskllm-masks?${__url_time_range}&${instance:queryparam}&var-mask=${__value.text}"
+    chosen = "${__url_time_range}&${model:queryparam}&${instance:queryparam}&var-mask=${__value.text}"
+    link = f"/d/maskllm-masks?{chosen}"
     fields["overrides"] = [
         {
             "matcher": {"id": "byName", "options": "mask"},
@@ -184,6 +190,9 @@ def table(title: str, description: str, *columns: tuple[str, str, str]) -> dict[
         ]
         if name == "state":
             properties.append({"id": "mappings", "value": [{"type": "value", "options": STATES}]})
+        if name in steps:
+            properties.append({"id": "thresholds", "value": thresholds(steps[name])})
+        if name == "state" or name in steps:
             properties.append({"id": "custom.cellOptions", "value": {"type": "color-text"}})
         matcher = {"id": "byName", "options": f"Value #{chr(ord('A') + at)}"}
         fields["overrides"].append({"matcher": matcher, "properties": properties})
@@ -204,7 +213,8 @@ def table(title: str, description: str, *columns: tuple[str, str, str]) -> dict[
 # Dashboards.
 
 
-def variable(name: str, label: str, query: str, description: str) -> dict[str, Any]:
+def variable(name: str, label: str, query: str, description: str, **rest: str) -> dict[str, Any]:
+    """At All it is every value that the query finds, unless `allValue` says otherwise."""
     return {
         "name": name,
         "label": label,
@@ -216,9 +226,9 @@ def variable(name: str, label: str, query: str, description: str) -> dict[str, A
         "sort": 7,
         "multi": True,
         "includeAll": True,
-        "allValue": ".*",
         "current": {"text": ["All"], "value": ["$__all"]},
         "options": [],
+        **rest,
     }
 
 
@@ -235,7 +245,8 @@ MASK = variable(
     "mask",
     "Mask",
     f"label_values(maskllm_requests_in_flight{{{ON}}}, mask)",
-    "Masks that these servers know; none is the dense base.",
+    "Masks that these servers know; none is the dense base. All has deleted and unknown ones, too.",
+    allValue=".*",
 )
 
 Rows = list[tuple[str, int, list[dict[str, Any]]]]
@@ -311,7 +322,7 @@ def overview() -> Any:
         engines_up(),
         stat(
             "Alerts firing",
-            "What each means: docs/operations.md.",
+            "Of all servers, whichever are chosen above. What each means: docs/operations.md.",
             "none",
             'count(ALERTS{alertstate="firing"}) or vector(0)',
             bad(1),
@@ -414,7 +425,7 @@ def overview() -> Any:
         series(
             "Error budgets",
             "How many times as fast as 30 days allow the budget is used up, by the last hour and "
-            "the last six. Alerts fire at 14.4 and at 6.",
+            "the last six. Alerts fire at 14.4 and at 6. Of all servers, whichever are chosen above.",
             "none",
             ("job:maskllm_errors:ratio_rate1h / 0.005", "errors, 1 h"),
             ("job:maskllm_errors:ratio_rate6h / 0.005", "errors, 6 h"),
@@ -458,6 +469,7 @@ def masks() -> Any:
                 f'sum by (mask) (increase(maskllm_swaps_total{{{MASKS},source="host"}}[1h]))',
             ),
             ("packed", "decbytes", f"sum by (mask) (maskllm_packed_bytes{{{MASKS}}})"),
+            steps={"first token, p95": bad(FIRST_TOKEN_S)},
         ),
     ]
     traffic = [
@@ -483,7 +495,14 @@ def masks() -> Any:
         ),
     ]
     latency = [
-        series("First token, p95", "Arrival to first token: waiting, swap and prompt.", "s", p95(ttft)),
+        series(
+            "First token, p95",
+            "Arrival to first token: waiting, swap and prompt. Dashed: the objective, "
+            "which is for all masks together.",
+            "s",
+            p95(ttft),
+            steps=bad(FIRST_TOKEN_S),
+        ),
         series(
             "Between tokens, p95",
             "Of each request's mean time between its tokens.",

@@ -45,6 +45,17 @@ def test_each_alert_is_tested_firing_and_silent():
         assert {check["alertname"] for check in checks if bool(check["exp_alerts"]) is fires} == ALERTS
 
 
+def test_a_start_that_compose_and_kubernetes_wait_for_wakes_nobody():
+    (rule,) = (r for group in RULES["groups"] for r in group["rules"] if r.get("alert") == "ServerDown")
+    (period_s,) = map(
+        int, re.findall(r"start-period=(\d+)s.*\n.*:8000/health", (ROOT / "Dockerfile").read_text())
+    )
+    deployment = yaml.safe_load((ROOT / "deploy/kubernetes/base/deployment.yaml").read_text())
+    (server,) = deployment["spec"]["template"]["spec"]["containers"]
+    probe = server["startupProbe"]
+    assert period_s == probe["periodSeconds"] * probe["failureThreshold"] == 60 * int(rule["for"].rstrip("m"))
+
+
 def test_each_alert_has_a_paragraph_that_it_links_to_and_no_paragraph_is_left_over():
     for group in RULES["groups"]:
         for rule in filter(lambda rule: "alert" in rule, group["rules"]):

@@ -198,11 +198,11 @@ def test_the_same_panels_can_be_drawn(watched: Watched, tmp_path: Path):
 def test_a_query_that_is_wrong_and_one_that_finds_nothing_are_noticed(
     watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    board = json.loads((DEPLOY / "grafana/dashboards/overview.json").read_text())
+    board = json.loads((DEPLOY / "grafana/dashboards/masks.json").read_text())
     first, second, *_ = (panel for panel in board["panels"] if panel["type"] == "timeseries")
     first["targets"][0]["expr"] = "sum(rate(maskllm_requests_total[1m])"
     second["targets"][0]["expr"] = "maskllm_no_such_metric"
-    board["templating"]["list"][0]["query"]["query"] = "label_values(maskllm_no_such_metric, mask)"
+    board["templating"]["list"][2]["query"]["query"] = "label_values(maskllm_no_such_metric, mask)"
     (tmp_path / "broken.json").write_text(json.dumps(board))
     monkeypatch.setattr("check_dashboards.DASHBOARDS", tmp_path)
     wrong = check(watched.prometheus, minutes=10, window=WINDOW, step_s=1)
