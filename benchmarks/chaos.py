@@ -130,6 +130,15 @@ def flights(
     return flying
 
 
+def wait_for_an_engine(api: httpx.Client) -> float:
+    """Seconds until there is one again."""
+    begin = time.monotonic()
+    while api.get("/health").status_code != 200:
+        must(time.monotonic() < begin + 300, "no engine after 300 s")
+        time.sleep(0.2)
+    return time.monotonic() - begin
+
+
 def engine_dies(folder: Path, scale: Scale) -> str:  # noqa: ARG001
     """The engine's process is killed with -9 under requests."""
     with demo(folder) as server, server.client() as api, ThreadPoolExecutor(32) as pool:
@@ -150,10 +159,7 @@ def engine_dies(folder: Path, scale: Scale) -> str:  # noqa: ARG001
             must(time.monotonic() < killed + 2, "/health was still green after 2 s")
         must(ask(api).status_code == 503, "a request was taken without an engine")
         must(api.get("/v1/masks").status_code == 200, "the masks could not be listed without an engine")
-        while api.get("/health").status_code != 200:
-            must(time.monotonic() < killed + 300, "no engine after 300 s")
-            time.sleep(0.2)
-        back_s = time.monotonic() - killed
+        back_s = wait_for_an_engine(api)
         must(choices(api) == expected, "the new engine answers otherwise")
         lost = {
             name for name, state in before.items() if (state == "known") != (states(api)[name] == "known")
@@ -199,20 +205,20 @@ def files_break(folder: Path, scale: Scale) -> str:  # noqa: ARG001
     masks = folder / "masks"
     masks.mkdir()
     cases = {f"{state}-{d}": (state, d) for state in ("known", "packed", "resident") for d in damages}
-    for name in cases:
+    for name in [*cases, "whole"]:
         mixed_mask(masks / f"{name}.safetensors", seed=1)
     # Root reads everything, unless it may not.
     root = os.geteuid() == 0
     before = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if root else ()
     with demo(folder, before=before) as server, server.client() as api:
-        expected, others = None, choices(api)
+        expected, others = choices(api, "whole"), choices(api)
         for name, (state, damage) in cases.items():
             path = masks / f"{name}.safetensors"
             content, sha = path.read_bytes(), api.get(f"/v1/masks/{name}").json()["sha256"]
             if state == "packed":
                 must(api.post(f"/v1/masks/{name}/load").status_code == 200, f"{name} does not load")
             if state == "resident":
-                expected = choices(api, name)
+                choices(api, name)
             must(states(api)[name] == state, f"{name} is {states(api)[name]}")
             damages[damage](path)
             put = api.put(f"/v1/masks/{name}")
@@ -228,8 +234,16 @@ def files_break(folder: Path, scale: Scale) -> str:  # noqa: ARG001
             must(api.get(f"/v1/masks/{name}").json()["sha256"] == sha, f"{name} lost its version")
             path.unlink(missing_ok=True)
             path.write_bytes(content)
-            must(choices(api, name) == (expected or choices(api, name)), f"{name} answers otherwise")
+            must(choices(api, name) == expected, f"{name} answers otherwise")
             must(choices(api) == others, f"{name} disturbed another mask")
+        lost, kept = "packed-deleted", "packed-garbage"
+        (masks / f"{lost}.safetensors").unlink()
+        server.engine.kill()
+        while api.get("/health").status_code == 200:
+            time.sleep(0.05)
+        wait_for_an_engine(api)
+        must(ask(api, lost).status_code == 409, "a mask whose file is gone outlived its engine")
+        must((choices(api, kept), choices(api)) == (expected, others), "a file that is gone disturbed others")
         return f"{len(cases)} cases: PUT is a 400, a first use a 409, whoever was loaded answers on"
 
 
@@ -243,6 +257,7 @@ def disk_full(folder: Path, scale: Scale) -> str:  # noqa: ARG001
     try:
         with demo(folder) as server, server.client() as api:
             others, sha = choices(api), api.get("/v1/masks/code").json()["sha256"]
+            must(api.post("/v1/masks/medical/load").status_code == 200, "medical does not load")
             new = mixed_mask(folder / "new.safetensors", seed=2)
             with suppress(OSError), (masks / "filler").open("wb", buffering=0) as filler:
                 while True:
@@ -250,6 +265,7 @@ def disk_full(folder: Path, scale: Scale) -> str:  # noqa: ARG001
             tried = {
                 "an upload": api.put("/v1/masks/new", content=new, headers=BINARY),
                 "a new version of a known mask": api.put("/v1/masks/code", content=new, headers=BINARY),
+                "a new version of a packed mask": api.put("/v1/masks/medical", content=new, headers=BINARY),
                 "a new version of a resident mask": api.put("/v1/masks/legal", content=new, headers=BINARY),
                 "an alias": api.put("/v1/aliases/law", json={"masks": {"legal": 1}}),
                 "a pin": api.put("/v1/masks/legal/pin"),
@@ -431,7 +447,7 @@ def bodies(server: Server, scale: Scale) -> Iterator[Trouble]:  # noqa: ARG001
         with server.client() as api:
             while not stop.wait(0.2):
                 for name, content in bad.items():
-                    with suppress(httpx.WriteError):  # it may have closed before all was sent
+                    with suppress(httpx.TransportError):  # it may have closed before all was sent
                         status = api.post("/v1/completions", content=content, headers=JSON).status_code
                         statuses[f"{name}: {status}"] += 1
                 with sockets(server, [flood]) as (each,), suppress(ConnectionError):
@@ -447,6 +463,8 @@ def bodies(server: Server, scale: Scale) -> Iterator[Trouble]:  # noqa: ARG001
             each.join()
         wrong = [status for status in statuses if ": 4" not in status and status != "headers: "]
         must(not wrong, f"answers: {dict(statuses)}")
+        kinds = {status.partition(":")[0] for status in statuses}
+        must(kinds == {*bad, "headers"}, f"not all were sent: {dict(statuses)}")
         return str(dict(statuses))
 
     try:
@@ -506,7 +524,11 @@ def mutations(good: bytes) -> st.SearchStrategy[bytes]:
         inner = json.loads(header["__metadata__"][maskset.KEY])
         return headed({**header, "__metadata__": {maskset.KEY: json.dumps({**inner, name: value})}})
 
-    inner = list(json.loads(header["__metadata__"][maskset.KEY]))
+    def with_inner(layer: str, key: str, value: Any) -> bytes:
+        return headed({**header, layer: {**header[layer], key: value}})
+
+    inner = json.loads(header["__metadata__"][maskset.KEY])
+    layers = st.sampled_from(list(inner["layers"]))
     return st.one_of(
         place.map(lambda at: good[:at]),
         st.lists(st.tuples(place, st.integers(1, 255)), min_size=1, max_size=5).map(flipped),
@@ -516,7 +538,11 @@ def mutations(good: bytes) -> st.SearchStrategy[bytes]:
         st.binary(),
         st.integers(0, 2**64 - 1).map(lambda size: size.to_bytes(8, "little") + good[8:]),
         st.tuples(st.sampled_from(list(header)), values).map(lambda c: headed({**header, c[0]: c[1]})),
-        st.tuples(st.sampled_from(inner), values).map(lambda c: with_field(*c)),
+        st.tuples(st.sampled_from(list(inner)), values).map(lambda c: with_field(*c)),
+        st.tuples(layers, values).map(lambda c: with_field("layers", {**inner["layers"], c[0]: c[1]})),
+        st.tuples(layers, st.sampled_from(["dtype", "shape", "data_offsets"]), values).map(
+            lambda c: with_inner(*c)
+        ),
     )
 
 

@@ -441,6 +441,10 @@ def figures(
     for answer in streams:
         by_mask[answer.ask.mask].append(float(answer.ttft_s or 0))
     hot, cold = set(soak.names[:SLOTS]), set(soak.names[len(soak.names) // 2 :])
+    of_hot, of_cold = (
+        statistics.median(time for mask, times in by_mask.items() if mask in which for time in times)
+        for which in (hot, cold)
+    )
     medians = {mask: statistics.median(times) for mask, times in by_mask.items()}
 
     def row(name: str, value: float, unit: str = "", must: float | None = None, better: str = "lower") -> Row:
@@ -461,11 +465,9 @@ def figures(
         row("versions published", len(soak.published)),
         *(row(f"TTFT {q}, ms", 1000 * s, "ms") for q, s in ttft.items()),
         *(row(f"latency {q}, ms", 1000 * s, "ms") for q, s in e2e.items()),
-        *(
-            row(f"TTFT p50 of {what} masks, ms", 1000 * statistics.median(times), "ms")
-            for what, which in (("hot", hot), ("cold", cold))
-            if (times := [time for mask, all_ in by_mask.items() if mask in which for time in all_])
-        ),
+        row("TTFT p50 of hot masks, ms", 1000 * of_hot, "ms"),
+        row("TTFT p50 of cold masks, ms", 1000 * of_cold, "ms"),
+        row("TTFT p50, cold beside hot", of_cold / of_hot, "x", must=2),
         row("highest TTFT p50 of a mask, ms", 1000 * max(medians.values()), "ms"),
         row("longest TTFT, ms", 1000 * max(float(answer.ttft_s or 0) for answer in streams), "ms"),
     ]

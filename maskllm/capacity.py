@@ -8,7 +8,7 @@ import torch
 
 from maskllm.core.layers import maskable
 from maskllm.core.patterns import row_bytes
-from maskllm.kernels import cpu
+from maskllm.kernels import cpu, gpu
 
 PROGRAMS_BYTES = 1_500_000_000
 """Of the server's two processes without any weight, as measured on CPU (issue 5)."""
@@ -59,21 +59,39 @@ def measure(
     and masks are divided (what each has of norms, and copies of key and value heads, are not counted), and
     each has a KV cache of `kv` bytes.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)  # type: ignore[no-untyped-call]
-    shapes = [(layer.out_features, layer.in_features) for layer in maskable(model).values()]
+    base, shapes = _base(folder, dtype)
     slot_dtype = torch.int8 if int8 else torch.bfloat16
     return Capacity(
-        base=sum(parameter.nbytes for parameter in model.parameters()),
+        base=base,
         slot=sum(cpu.slot_bytes(rows, columns, slot_dtype) for rows, columns in shapes),
         packed=sum(rows * row_bytes(columns // 4) for rows, columns in shapes),
         kv=kv * ranks,
         free=free_bytes(),
         programs=PROGRAMS_BYTES + (WORKER_BYTES * ranks if ranks > 1 else 0),
     )
+
+
+def measure_gpu(
+    folder: Path, free: int, dtype: torch.dtype | None = None, kv: int = 0, ranks: int = 1
+) -> Capacity:
+    """Capacity of each of `ranks` GPUs that has `free` bytes for it: packed masks are in the host's memory.
+
+    What a step's own tensors take is not counted.
+    """
+    base, shapes = _base(folder, dtype)
+    slot = sum(gpu.slot_bytes(rows, columns) for rows, columns in shapes)
+    return Capacity(base // ranks, slot // ranks, packed=0, kv=kv, free=free, programs=0)
+
+
+def _base(folder: Path, dtype: torch.dtype | None) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes of a checkpoint's weights, and the shapes of those that a mask covers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)  # type: ignore[no-untyped-call]
+    shapes = [(layer.out_features, layer.in_features) for layer in maskable(model).values()]
+    return sum(parameter.nbytes for parameter in model.parameters()), shapes
 
 
 def free_bytes() -> int:

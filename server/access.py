@@ -167,10 +167,11 @@ class Access:
                 self.waiting -= 1
 
 
-class FullHouse:
-    """ASGI middleware: where no more requests are taken, those that compute are refused unread, whoever asks.
+class Doorkeeper:
+    """ASGI middleware before what computes: it refuses unread where no more is taken, and who has no key.
 
-    To read and check ten requests that are then refused would take the time of the one that is answered.
+    To read and check ten requests that are then refused would take the time of the one that is answered, and
+    strangers' bodies are nothing to keep.
     """
 
     def __init__(self, app: ASGIApp, access: Access, paths: Collection[str]) -> None:
@@ -182,7 +183,8 @@ class FullHouse:
         if scope["type"] == "http" and scope["path"] in self.paths:
             try:
                 self.access.check_room()
-            except Overloaded as error:
+                self.access.who(key_of(Request(scope)))
+            except (InvalidKey, Overloaded) as error:
                 refusal = await handle(Request(scope), error)
                 await refusal(scope, receive, send)
                 return

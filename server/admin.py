@@ -65,17 +65,19 @@ class Packed(BaseModel, use_attribute_docstrings=True):
     known: int
 
 
-class CapacityCard(BaseModel):
+class CapacityCard(BaseModel, use_attribute_docstrings=True):
     """What each thing takes, and how many masks fit where."""
 
     bytes: Capacity
+    gpu: Capacity | None
+    """Of each GPU, which then holds base, slots and KV; `bytes` is of the host's memory."""
     slots: Slots
     packed: Packed
     sum: str
 
 
-def routes(masks: Masks, capacity: Capacity) -> APIRouter:
-    """The routes of one engine's masks."""
+def routes(masks: Masks, capacity: Capacity, gpu: Capacity | None) -> APIRouter:
+    """The routes of one engine's masks; `capacity` is the host's."""
     router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
     async def shown(mask: Mask, caller: Caller) -> MaskCard:
@@ -180,9 +182,10 @@ def routes(masks: Masks, capacity: Capacity) -> APIRouter:
         pinned = len(masks.names.pinned & masks.known.keys())
         return CapacityCard(
             bytes=capacity,
-            slots=Slots(total=masks.slots, used=used, pinned=pinned, most=capacity.most_slots()),
+            gpu=gpu,
+            slots=Slots(total=masks.slots, used=used, pinned=pinned, most=(gpu or capacity).most_slots()),
             packed=Packed(limit=masks.limit, used=len(masks.packed), known=len(masks.known)),
-            sum=capacity.sum(masks.slots, masks.limit),
+            sum=capacity.sum(masks.slots, masks.limit) + (f"; GPU: {gpu.sum(masks.slots, 0)}" if gpu else ""),
         )
 
     return router

@@ -1,15 +1,16 @@
 """The HTTP API: OpenAI's endpoints with a mask on each request, and the masks themselves."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, params
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from server import admin, bounds, errors, page
-from server.access import Access, Caller, FullHouse, Turn, User, UserTurn, use
+from server.access import Access, Caller, Doorkeeper, Turn, User, UserTurn, use
 from server.engine.client import Engine, EngineGone
 from server.engine.openai import (
     ChatCompletionRequest,
@@ -86,7 +87,9 @@ async def create_app(
         """Check the request, resolve its mask, load it on first use, let vLLM answer, say which it was."""
         name, entry = UNKNOWN, CURRENT.get() or Entry("")
         if settings.log_prompts:
-            entry.prompt = request.messages if isinstance(request, ChatCompletionRequest) else request.prompt
+            # As it came: of content in parts the model has iterators.
+            sent = await raw_request.json()
+            entry.prompt = sent.get("messages" if isinstance(request, ChatCompletionRequest) else "prompt")
         try:
             await check(request, raw_request)
             bounds.check(request, settings)
@@ -183,16 +186,16 @@ async def create_app(
     async def show_version() -> Any:
         return {"version": version("maskllm"), "vllm": vllm_version}
 
-    app.include_router(admin.routes(masks, engine.capacity))
+    app.include_router(admin.routes(masks, engine.capacity, engine.gpu))
     app.include_router(page.routes(engine, masks, metrics, access))
     _add_health(app, engine)
     if not settings.metrics_port:
-        _add_metrics(app, engine, metrics)
+        _add_metrics(app, engine, metrics, [] if settings.open_metrics else [Depends(use)])
     app.state.access = access
     app.add_middleware(bounds.BodyLimit, most=settings.max_body_bytes)
     await engine.mount(app)
     computing = {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
-    app.add_middleware(FullHouse, access=access, paths=computing)
+    app.add_middleware(Doorkeeper, access=access, paths=computing)
     app.add_middleware(RequestLog, metrics=metrics, paths=computing)  # last, and so around all
     errors.register(app)
     for death in (EngineDeadError, EngineGone):
@@ -218,8 +221,10 @@ def _add_health(app: FastAPI, engine: Engine) -> None:
         return "ok"
 
 
-def _add_metrics(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
-    @app.get("/metrics", response_class=PlainTextResponse)
+def _add_metrics(
+    app: FastAPI, engine: Engine, metrics: Metrics, dependencies: Sequence[params.Depends] = ()
+) -> None:
+    @app.get("/metrics", response_class=PlainTextResponse, dependencies=dependencies)
     async def show_metrics() -> Response:
         metrics.engine = await engine.stats()
         return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from server.engine.openai import ChatCompletionRequest, CompletionRequest
 
 MAX_HEADER_BYTES = 64 * 1024
+SMALL_BODY_BYTES = 64 * 1024
+LARGE_BODIES = 64
+"""How many bodies of the largest size are held at a time; small ones do not count."""
 PATIENCE_S = 30
 """Seconds that a client may take for its headers, between two pieces of its body, and to read on."""
 
@@ -22,12 +25,14 @@ PATIENCE_S = 30
 class BodyLimit:
     """ASGI middleware: a body that is too large is not read to its end, whether it tells its length or not.
 
-    A route that takes more sets `request.state.max_body_bytes` before it reads.
+    A route that takes more, and does not hold it, sets `request.state.max_body_bytes` before it reads. Where
+    all large bodies together are too many bytes, the next to bring more is refused with a 503.
     """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app = app
         self.most = most
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,19 +41,27 @@ class BodyLimit:
         state = scope.setdefault("state", {})
         state["max_body_bytes"] = self.most
         size = int(Headers(scope=scope).get("content-length", 0))
-        read = 0
+        read = held = 0
 
         async def bounded() -> Message:
-            nonlocal read
+            nonlocal read, held
             most = state["max_body_bytes"]
             message: Message = {} if size > most else await receive()
             read += len(message.get("body", b""))
             if max(size, read) > most:
                 text = f"a body may have {most} bytes, and this one has more"
                 raise HTTPException(413, text, {"connection": "close"})  # the rest stays unread
+            if read > SMALL_BODY_BYTES and most == self.most:
+                self._held, held = self._held + read - held, read
+                if self._held > LARGE_BODIES * self.most:
+                    text = f"the server holds {LARGE_BODIES} bodies of {most} bytes, and takes no more"
+                    raise HTTPException(503, text, {"connection": "close"})
             return message
 
-        await self.app(scope, bounded, send)
+        try:
+            await self.app(scope, bounded, send)
+        finally:
+            self._held -= held
 
 
 class BoundedHttp(HttpToolsProtocol):

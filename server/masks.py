@@ -96,6 +96,9 @@ class MaskCard(BaseModel, use_attribute_docstrings=True):
     weights: int
     """How many the mask decides on."""
     packed_bytes: int
+    """In host memory, once it is packed."""
+    resident_bytes: int
+    """In a slot; 0 where it has none."""
     bits_per_weight: float
     provenance: dict[str, Any]
     """How it was made, as its file says."""
@@ -154,6 +157,7 @@ class Masks:
         metrics.known = self.known
         metrics.refused_files.set_function(lambda: len(self.refused))
         self.packed: dict[int, Mask] = {}
+        self._lost: dict[int, Mask] = {}
         self.names = Names(self.folder / "masks.json", base_name, self.known, self.refused)
         if len(self.names.pinned) >= slots:
             raise BadState(
@@ -162,6 +166,7 @@ class Masks:
             )
         self._ids = count(1)
         self._loading = 0
+        self._leaving = 0
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
@@ -186,15 +191,17 @@ class Masks:
 
     async def restore(self) -> None:
         """Bring a new engine to where the last was: pinned masks into slots, packed ones into its memory."""
-        before = [*self.packed.values(), *(m for n, m in self.known.items() if n in self.names.pinned)]
+        pinned = {mask.id: mask for name, mask in self.known.items() if name in self.names.pinned}
+        self._lost |= self.packed | pinned  # of an engine that died before it had them all, too
         self.packed.clear()
-        for mask in before:
+        for mask in list(self._lost.values()):
             async with self._locks[mask.name]:
-                if self.known.get(mask.name) is mask:
+                if self._is_current(mask):
                     try:
                         await self._load(mask)
                     except (UnavailableMask, NoRoom) as error:
                         logger.warning("%s", error)
+            del self._lost[mask.id]
 
     @contextmanager
     def using(self, mask: Mask) -> Iterator[None]:
@@ -217,7 +224,7 @@ class Masks:
             return True
         end = time.monotonic() + ROOM_WAIT_S  # before the lock: who waits for it does not wait again
         async with self._locks[mask.name]:
-            if self.known.get(mask.name) is not mask:
+            if not self._is_current(mask):
                 return False
             await self._load(mask, end)
             return True
@@ -291,8 +298,12 @@ class Masks:
                 await self.engine.pin(mask, pinned)
         return mask
 
+    def _is_current(self, mask: Mask) -> bool:
+        known = self.known.get(mask.name)
+        return known is not None and known.id == mask.id  # the same content may have been put again
+
     def _check_current(self, mask: Mask) -> None:
-        if self.known.get(mask.name) is not mask:
+        if not self._is_current(mask):
             raise UnknownMask(f"mask {mask.name!r} was replaced or removed in the meantime")
 
     def _check_pins(self, mask: Mask) -> None:
@@ -325,10 +336,14 @@ class Masks:
 
     async def describe(self, masks: list[Mask], may_use: Callable[[str], bool]) -> list[MaskCard]:
         """Masks as they are shown, with the aliases that the caller may use."""
-        slots = (await self.engine.stats()).get("slots", {})
-        return [self._describe(mask, slots.get(mask.id), may_use) for mask in masks]
+        stats: dict[str, Any] = {"slots": {}, "slot_bytes": 0} | await self.engine.stats()
+        return [
+            self._describe(mask, stats["slots"].get(mask.id), stats["slot_bytes"], may_use) for mask in masks
+        ]
 
-    def _describe(self, mask: Mask, slot: int | None, may_use: Callable[[str], bool]) -> MaskCard:
+    def _describe(
+        self, mask: Mask, slot: int | None, slot_bytes: int, may_use: Callable[[str], bool]
+    ) -> MaskCard:
         mask_set, packed = mask.mask_set, mask.id in self.packed
         return MaskCard(
             id=mask.name,
@@ -346,6 +361,7 @@ class Masks:
             m=mask_set.m,
             weights=mask_set.weights,
             packed_bytes=mask.packed_bytes,
+            resident_bytes=0 if slot is None else slot_bytes,
             bits_per_weight=8 * mask.packed_bytes / mask_set.weights,
             provenance=mask_set.provenance,
             scores=mask_set.scores,
@@ -397,14 +413,14 @@ class Masks:
 
         Where none is, wait for one until `end`: an answer takes seconds, and its mask is free afterwards.
         """
-        while len(self.packed) + self._loading >= self.limit:
+        while len(self.packed) + self._loading + self._leaving >= self.limit:
             others = [mask for mask in self.packed.values() if mask.name not in self.names.pinned]
             idle = [
                 mask
                 for mask in others
                 if not self.engine.in_flight(mask) and not self._locks[mask.name].locked()
             ]
-            if not idle and (others or self._loading) and time.monotonic() < end:
+            if not idle and (others or self._loading or self._leaving) and time.monotonic() < end:
                 await asyncio.sleep(ROOM_POLL_S)
                 continue
             if not idle:
@@ -414,9 +430,14 @@ class Masks:
                 )
             oldest = min(idle, key=lambda mask: mask.use.last_s or 0)
             async with self._locks[oldest.name]:
-                if not self.engine.in_flight(oldest):  # by who waited for the lock before
+                # Who waited for the lock before may use it now, or have pinned it.
+                if not self.engine.in_flight(oldest) and oldest.name not in self.names.pinned:
                     await self._unload(oldest)
 
     async def _unload(self, mask: Mask) -> None:
         if self.packed.pop(mask.id, None):
-            await self.engine.unload(mask)
+            self._leaving += 1  # its memory is taken until its last request has ended
+            try:
+                await self.engine.unload(mask)
+            finally:
+                self._leaving -= 1

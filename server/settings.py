@@ -89,6 +89,9 @@ class Settings(
     metrics_port: PositiveInt | None = None
     """Port of its own for /metrics, which then is not on the other; /health is on both."""
 
+    open_metrics: CliImplicitFlag[bool] = False
+    """Let /metrics be read without a key beside the API, too. It names masks and keys."""
+
     log_requests: Path | None = None
     """File for the request log, JSON lines; stderr without it."""
 

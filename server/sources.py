@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import tempfile
 from collections.abc import AsyncIterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,8 @@ from server.names import PARTIAL
 SCHEMES = ("hf", "https", "http", "s3", "gs", "abfs")
 """What a URL may start with; none of them can name a file of this machine."""
 CHUNK = 1 << 20
+FETCHES = ThreadPoolExecutor(4, "fetch")
+"""Not asyncio's own: a slow source would keep everything else that waits for a thread."""
 
 
 @contextmanager
@@ -59,7 +62,7 @@ class Landing:
         scheme, colon, _ = url.partition("://")
         if not colon or scheme not in SCHEMES or "::" in url:
             raise UnreachableSource(f"url {url!r} must start with {', '.join(f'{s}://' for s in SCHEMES)}")
-        await asyncio.to_thread(self._copy, url)
+        await asyncio.get_running_loop().run_in_executor(FETCHES, self._copy, url)
         if self._sha.hexdigest() != sha256.lower():
             raise RefusedMask(f"{url} has sha256 {self._sha.hexdigest()}, not {sha256}")
 

@@ -25,6 +25,8 @@ from maskllm.core.base import Base
 
 VERSION = 1
 KEY = "maskllm"
+MAX_DEPTH = 16
+"""Of objects and lists in a header, one in another."""
 
 
 class MaskError(ValueError):
@@ -153,15 +155,12 @@ def load(path: Path, base: Base | None = None) -> MaskSet:
     raw = path.read_bytes()
     header, tensors = _parse(raw, path.name)
     try:
+        _check_header(header)
         n, m, shapes = header["n"], header["m"], {k: (s[0], s[1]) for k, s in header["layers"].items()}
-        base_sha256, provenance, scores = header["base"], header["provenance"], header["scores"]
-        for name, said in (("provenance", provenance), ("scores", scores)):
-            if not isinstance(said, dict):
-                raise TypeError(f"{name}, which must be a JSON object")
         patterns.check(n, m)
     except patterns.BadPattern as error:
         raise WrongPattern(f"{path.name}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError) as error:
         raise DamagedMask(f"{path.name}: its header lacks or garbles {error}") from None
     for layer in tensors.keys() - shapes.keys():
         raise UnknownLayer(f"{path.name}: layer {layer} is not in the file's own list")
@@ -182,7 +181,7 @@ def load(path: Path, base: Base | None = None) -> MaskSet:
     if header.get("digest") != _digest(header, tensors):
         raise DamagedMask(f"{path.name}: content and digest differ; make or copy the file again")
     sha256 = hashlib.sha256(raw).hexdigest()
-    mask_set = MaskSet(n, m, base_sha256, shapes, tensors, provenance, scores, sha256)
+    mask_set = MaskSet(n, m, header["base"], shapes, tensors, header["provenance"], header["scores"], sha256)
     if base is not None:
         verify(mask_set, base, path.name)
     return mask_set
@@ -296,16 +295,42 @@ def _parse(raw: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         entries = json.loads(raw[8 : 8 + length])
         metadata = entries.pop("__metadata__")[KEY]
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        size = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise NotAMask(f"{name} is not a mask file: it has no `{KEY}` header") from None
-    if len(raw) < 8 + length + end:
-        raise TruncatedMask(f"{name} has {len(raw)} of {8 + length + end} bytes")
+    if len(raw) < size:
+        raise TruncatedMask(f"{name} has {len(raw)} of {size} bytes")
     try:
         header = json.loads(metadata)
         tensors = safetensors.torch.load(raw)
-    except (ValueError, TypeError, SafetensorError) as error:
+    except (ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise DamagedMask(f"{name}: its header is damaged: {error}") from None
     if not isinstance(header, dict) or header.get("version") != VERSION:
         raise DamagedMask(f"{name}: unknown header version; this program reads version {VERSION}")
     return header, tensors
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """Raise KeyError or TypeError, naming it, where an entry lacks or is not what `_header` writes."""
+    for key, kind in {
+        "n": int,
+        "m": int,
+        "base": str,
+        "layers": dict,
+        "provenance": dict,
+        "scores": dict,
+    }.items():
+        if type(header[key]) is not kind:  # True is no 1
+            raise TypeError(f"{key}, which must be of JSON's {kind.__name__}")
+        if not _is_flat(header[key]):
+            raise TypeError(f"{key}, which is nested deeper than {MAX_DEPTH}")
+    for layer, shape in header["layers"].items():
+        whole = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
+        if not whole or not all(0 < size < 1 << 31 for size in shape):
+            raise TypeError(f"the shape of {layer}")
+
+
+def _is_flat(value: Any, most: int = MAX_DEPTH) -> bool:
+    """Whether who walks a JSON value by recursion, as an API that shows it does, soon arrives."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return most > 0 and all(_is_flat(each, most - 1) for each in inner)

@@ -67,6 +67,11 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(count, Layout.of(weight).words, dtype=torch.int32, device=weight.device)
 
 
+def slot_bytes(outs: int, ins: int) -> int:
+    """Bytes of one mask of a weight (outs, ins) in a slot, where prefill uses cuSPARSELt; less where not."""
+    return 4 * Layout.make(outs, ins, sparse_prefill=True).words
+
+
 def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     """Make a mask resident in a slot, from its packed codes (out, row_bytes) uint8 on the GPU or pinned."""
     _fill(Layout.of(weight), slots, slot, weight, packed.to(weight.device, non_blocking=True))

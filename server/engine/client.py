@@ -45,7 +45,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
-from maskllm.capacity import Capacity, measure
+from maskllm.capacity import Capacity, measure, measure_gpu
 from maskllm.kernels.masked_linear import bf16_on_cpu
 from server.bounds import BoundedHttp
 from server.engine.linear import NAME
@@ -63,7 +63,12 @@ T = TypeVar("T")
 
 DRAIN_POLL_S = 0.02
 WATCH_S = 0.2
+STATS_S = 0.1
 LOAD_POLL_S = 0.01
+
+
+TLS = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers")
+"""vLLM's options that uvicorn calls the same."""
 
 
 class BadOptions(ValueError):
@@ -98,6 +103,8 @@ class MaskedLLM(AsyncLLM):
             yield
         finally:
             self.in_flight[mask_id] -= 1
+            if not self.in_flight[mask_id]:
+                del self.in_flight[mask_id]  # of versions there will be many
 
     async def add_request(self, *args: Any, **kwargs: Any) -> RequestOutputCollector:
         collector = await super().add_request(*args, **kwargs)
@@ -158,15 +165,21 @@ class MaskStatLogger(PrometheusStatLogger):
 class Engine:
     """A running vLLM whose adapters are masks, and which is started again when it dies."""
 
-    def __init__(self, args: Namespace, metrics: Metrics, capacity: Capacity) -> None:
+    def __init__(
+        self, args: Namespace, metrics: Metrics, capacity: Capacity, gpu: Capacity | None = None
+    ) -> None:
+        """`capacity` is the host's, `gpu` that of each GPU where there are any."""
         self.args = args
         self.capacity = capacity
+        self.gpu = gpu
         self.metrics = metrics
         self.llm = self._start()
         envs.enable_envs_cache()  # as vLLM's engine does in its process: 34 of them a request took 0.1 ms
         self.up = True
         metrics.engine_up.set_function(lambda: self.healthy)
         self.adapters: dict[str, LoRARequest] = {}
+        self._stats: asyncio.Task[dict[str, Any]] | None = None
+        self._stats_at = 0.0
 
     @property
     def healthy(self) -> bool:
@@ -233,7 +246,17 @@ class Engine:
         return self.llm.in_flight[mask.id]
 
     async def stats(self) -> dict[str, Any]:
-        """The workers' slots and swaps, and each mask's waits; empty while there is no engine."""
+        """The workers' slots and swaps, and each mask's waits; empty while there is no engine.
+
+        The engine is asked once in STATS_S, whoever wants to know: it answers between two steps.
+        """
+        if self._stats is None:
+            self._stats = asyncio.create_task(self._ask_stats())
+        return await asyncio.shield(self._stats)
+
+    async def _ask_stats(self) -> dict[str, Any]:
+        await asyncio.sleep(max(0.0, self._stats_at + STATS_S - time.monotonic()))
+        self._stats, self._stats_at = None, time.monotonic()  # who asks from now on gets the next
         try:
             return _together(await self._ask_workers("mask_stats")) | {"waits": self._waits()}
         except EngineDeadError:
@@ -286,6 +309,7 @@ class Engine:
             "access_log": not self.args.disable_uvicorn_access_log,
             "timeout_keep_alive": envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
             "timeout_graceful_shutdown": grace_s,
+            **{name: getattr(self.args, name) for name in TLS},
         }
         servers = [NoSignalServer(uvicorn.Config(app, **options)) for app, _ in doors]
 
@@ -352,10 +376,10 @@ class Engine:
 def start(settings: Settings, folder: Path, metrics: Metrics) -> Iterator[tuple[Engine, socket]]:
     """Start vLLM on a checkpoint folder; yields the engine and the socket it already listens on."""
     args = arguments(settings, folder)
-    capacity = _capacity(settings, folder, args)
+    capacity, gpu = _capacity(settings, folder, args)
     _, sock = setup_server(args, reuse_port=False)
     with sock:
-        engine = Engine(args, metrics, capacity)
+        engine = Engine(args, metrics, capacity, gpu)
         try:
             yield engine, sock
         finally:
@@ -425,6 +449,9 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         "data_parallel_size": 1,
         "api_server_count": 1,
         "shutdown_timeout": 0,
+        # What vLLM's own server reads, and ours does not.
+        "root_path": None,
+        "enable_ssl_refresh": False,
     }
     for option, value in must.items():
         if (given := getattr(args, option)) not in (value, None):
@@ -457,20 +484,27 @@ def _routes(app: FastAPI) -> Iterator[str]:
             yield f"{method} {getattr(route, 'path', route)}"
 
 
-def _capacity(settings: Settings, folder: Path, args: Namespace) -> Capacity:
-    """What fits on this machine. Raises BadOptions, with the sum, where what is asked for does not."""
+def _capacity(settings: Settings, folder: Path, args: Namespace) -> tuple[Capacity, Capacity | None]:
+    """What fits into the host's memory, and into each GPU's.
+
+    Raises BadOptions, with the sum, where what is asked for does not.
+    """
     dtype = getattr(torch, {"half": "float16", "float": "float32"}.get(args.dtype, args.dtype), None)
     kv = args.kv_cache_memory_bytes or 0
     capacity = measure(folder, dtype, settings.mask_dtype == "int8", kv, args.tensor_parallel_size)
-    packed = settings.packed or 1
-    if not current_platform.is_cpu():  # whose memory vLLM divides; packed masks are in the host's
+    packed, gpu = settings.packed or 1, None
+    if not current_platform.is_cpu():
+        free, total = torch.cuda.mem_get_info()
+        free = min(free, int(total * args.gpu_memory_utilization))
+        gpu = measure_gpu(folder, free, dtype, kv, args.tensor_parallel_size)
         capacity = replace(capacity, base=0, slot=0, kv=0)
-    if capacity.needs(settings.slots, packed) > capacity.free:
-        raise BadOptions(
-            f"this does not fit in memory: {capacity.sum(settings.slots, packed)}: "
-            "use fewer --slots or --packed masks, --mask-dtype int8, or smaller --kv-cache-memory-bytes"
-        )
-    return capacity
+    for fits, where, others in ((capacity, "memory", packed), (gpu, "the GPU", 0)):
+        if fits and fits.needs(settings.slots, others) > fits.free:
+            raise BadOptions(
+                f"this does not fit in {where}: {fits.sum(settings.slots, others)}: "
+                "use fewer --slots or --packed masks, --mask-dtype int8, or smaller --kv-cache-memory-bytes"
+            )
+    return capacity, gpu
 
 
 def _together(ranks: list[dict[str, Any]]) -> dict[str, Any]:

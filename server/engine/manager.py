@@ -128,7 +128,7 @@ class MaskManager:
         self.names.pop(mask_id, None)
         had = self.packed.pop(mask_id, None) is not None
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)  # or glibc keeps what was freed between other blocks
+            self.reader.submit(trim, 0)  # or glibc keeps what was freed between others; beside the steps
         return had
 
     def remove_all_adapters(self) -> None:

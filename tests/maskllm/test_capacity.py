@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from maskllm import capacity
-from maskllm.capacity import PROGRAMS_BYTES, Capacity, measure
+from maskllm.capacity import PROGRAMS_BYTES, Capacity, measure, measure_gpu
 from maskllm.core import maskset
 from maskllm.kernels import cpu
 
@@ -39,6 +39,17 @@ def test_two_processes_divide_a_base_and_its_masks_and_have_a_kv_cache_each():
     assert (two.base, two.slot, two.packed) == (one.base, one.slot, one.packed)
     assert two.kv == 14
     assert two.needs(0, 0) - one.needs(0, 0) == 7 + 2 * 750_000_000
+
+
+def test_a_gpu_holds_base_slots_and_kv_and_of_two_each_its_half():
+    weights = maskset.load(DEMO / "masks/legal.safetensors").weights
+    one, two = (measure_gpu(DEMO / "base", free=10**9, kv=7, ranks=ranks) for ranks in (1, 2))
+    assert one.base == measure(DEMO / "base").base
+    # Half the weights as 16 bits, a bit each for where they belong, and another for cuSPARSELt.
+    assert weights * 10 / 8 <= one.slot < weights * 10 / 8 * 1.01
+    assert one.needs(3, 99) == one.base + 3 * one.slot + 7
+    assert one.most_slots() == (10**9 - one.base - 7) // one.slot
+    assert (two.base, two.slot, two.kv) == (one.base // 2, one.slot // 2, 7)
 
 
 @pytest.mark.parametrize(("limit", "left"), [("5000", 4000), ("max", None)])

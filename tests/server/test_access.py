@@ -10,12 +10,12 @@ from hashlib import sha256
 import httpx
 import openai
 import pytest
-from fastapi import Response
+from fastapi import Request, Response
 from running import KEYS, Server, bearer
 from test_api import metric
 
 from maskllm import cli
-from server.access import Access, BadKeys, Bucket, Caller, FullHouse, Key, admin, read_keys
+from server.access import Access, BadKeys, Bucket, Caller, Doorkeeper, Key, admin, read_keys
 from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited
 
 ASK = {"prompt": "The Secretary shall", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -23,7 +23,7 @@ ASK = {"prompt": "The Secretary shall", "max_tokens": 4, "temperature": 0, "igno
 ROUTES = {
     ("GET", "/"): "open",
     ("GET", "/health"): "open",
-    ("GET", "/metrics"): "open",
+    ("GET", "/metrics"): "use",
     ("GET", "/openapi.json"): "open",
     ("HEAD", "/openapi.json"): "open",
     ("GET", "/version"): "use",
@@ -238,6 +238,30 @@ def test_one_request_more_than_the_server_takes_is_refused_and_the_next_is_not()
         pass
 
 
+async def unread():
+    raise AssertionError("the body was read")
+    yield b""
+
+
+def ask_the_doorkeeper(app, access: Access, path: str, key: str = "", **content) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        door = httpx.ASGITransport(Doorkeeper(app, access, {"/v1/completions"}))
+        async with httpx.AsyncClient(transport=door, base_url="http://x", headers=bearer(key)) as http:
+            return await http.post(path, **content)
+
+    return asyncio.run(ask())
+
+
+def test_a_strangers_body_is_not_read():
+    async def app(scope, receive, send) -> None:
+        await Response(await Request(scope, receive).body())(scope, receive, send)
+
+    access = Access([key()], max_waiting=1)
+    refused = ask_the_doorkeeper(app, access, "/v1/completions", "other", content=unread())
+    assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+    assert ask_the_doorkeeper(app, access, "/v1/completions", "secret", content=b"hi").text == "hi"
+
+
 def test_where_no_more_is_taken_a_request_that_computes_is_refused_unread_and_others_pass():
     access, reached = Access([], max_waiting=1), []
 
@@ -245,21 +269,15 @@ def test_where_no_more_is_taken_a_request_that_computes_is_refused_unread_and_ot
         reached.append(scope["path"])
         await Response()(scope, receive, send)
 
-    async def body():
-        raise AssertionError("the body was read")
-        yield b""
-
-    async def ask(path: str, **content) -> httpx.Response:
-        door = httpx.ASGITransport(FullHouse(app, access, {"/v1/completions"}))
-        async with httpx.AsyncClient(transport=door, base_url="http://x") as http:
-            return await http.post(path, **content)
+    def ask(path: str, **content) -> httpx.Response:
+        return ask_the_doorkeeper(app, access, path, **content)
 
     with access.turn(access.who(None)):
-        refused = asyncio.run(ask("/v1/completions", content=body()))
-        assert asyncio.run(ask("/v1/masks")).status_code == 200
+        refused = ask("/v1/completions", content=unread())
+        assert ask("/v1/masks").status_code == 200
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     assert refused.json()["error"]["type"] == "server_error"
-    assert asyncio.run(ask("/v1/completions")).status_code == 200
+    assert ask("/v1/completions").status_code == 200
     assert reached == ["/v1/masks", "/v1/completions"]
 
 

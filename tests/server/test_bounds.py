@@ -1,13 +1,17 @@
 """What no client can do to the server: too much in one request."""
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
 
 import pytest
 from running import MAX_COMPLETION_TOKENS, Server
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
 
-from server.bounds import MAX_HEADER_BYTES
+from server.bounds import MAX_HEADER_BYTES, SMALL_BODY_BYTES, BodyLimit
 
 MAX_BODY_BYTES = 4 << 20
 ASK = {"prompt": "The Secretary shall", "max_tokens": 4}
@@ -50,6 +54,43 @@ def test_a_length_that_is_too_large_is_refused_before_a_byte_of_the_body(server:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     _, answer = talk(server, head + b"Authorization: Bearer boss\r\nContent-Length: 9999999\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_large_bodies_share_so_much_memory_and_small_ones_pass(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("server.bounds.LARGE_BODIES", 2)
+    most, held = SMALL_BODY_BYTES + 1, asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        content = await Request(scope, receive).body()
+        await held.wait()
+        await send({"type": "length", "of": len(content)})
+
+    limit = BodyLimit(app, most)
+
+    async def ask(size: int) -> int:
+        sent = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": bytes(size), "more_body": False}
+
+        async def send(message: Message) -> None:
+            sent.append(message["of"])
+
+        await limit({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+        return sent[0]
+
+    async def all_at_once() -> None:
+        holding = [asyncio.create_task(ask(most)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(HTTPException) as refused:
+            await ask(most)
+        assert (refused.value.status_code, refused.value.headers) == (503, {"connection": "close"})
+        small = [asyncio.create_task(ask(SMALL_BODY_BYTES)) for _ in range(9)]
+        held.set()
+        assert await asyncio.gather(*holding, *small) == [most] * 2 + [SMALL_BODY_BYTES] * 9
+        assert await ask(most) == most
+
+    asyncio.run(all_at_once())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from running import BASE, MASKS, ROOT, SLOTS, Server, serving
 from serving import free_port
 from test_api import metric
+from test_logs import line
 
 LONG = {"prompt": "The Secretary shall", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "The Secretary shall", "max_tokens": 8, "temperature": 0}
@@ -126,15 +129,14 @@ def test_told_to_be_lenient_it_ignores_unknown_fields_and_converts_types(lone: S
 
 
 def test_told_to_log_prompts_it_writes_them_and_never_answers(lone: Server):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "glockenspiel"}]}]
     with lone.client() as api:
-        answer = api.post("/v1/completions", json={**SHORT, "prompt": "xylophone"}).json()
-    for _ in range(100):  # the line is written after the answer
-        lines = [json.loads(line) for line in lone.log.read_text().splitlines() if line.startswith("{")]
-        if "xylophone" in (prompts := [line.get("prompt") for line in lines]):
-            break
-        time.sleep(0.05)
-    assert "xylophone" in prompts
-    assert answer["choices"][0]["text"] not in lone.log.read_text()
+        asked = api.post("/v1/completions", json={**SHORT, "prompt": "xylophone"})
+        chatted = api.post("/v1/chat/completions", json={"messages": parts, "max_tokens": 4})
+    for answer, prompt in ((asked, "xylophone"), (chatted, parts)):
+        assert answer.status_code == 200
+        assert line(lone, answer.headers["x-request-id"])["prompt"] == prompt
+    assert asked.json()["choices"][0]["text"] not in lone.log.read_text()
 
 
 def test_with_a_parser_tools_are_called_as_a_mask_answers(lone: Server):
@@ -296,6 +298,30 @@ def test_told_to_stop_while_another_engine_starts_it_does_not_wait_for_that(tmp_
         assert server.process.wait(10) == 0
         assert psutil.wait_procs(children, timeout=5)[1] == []
         assert "init engine (" not in server.log.read_text().partition("starting another")[2]  # its end
+
+
+def test_with_a_certificate_it_speaks_tls_and_nothing_else(tmp_path: Path):
+    key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate]
+    make += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(make, check=True, capture_output=True)
+    command = [sys.executable, "-m", "server", "--model", BASE, "--masks", MASKS, "--port", str(port)]
+    command += ["--ssl-keyfile", key, "--ssl-certfile", certificate, "--enforce-eager"]
+    known = ssl.create_default_context(cafile=certificate)
+    log = (tmp_path / "server.log").open("wb")
+    with log, subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT) as server:
+        with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=known, timeout=60) as api:
+            while server.poll() is None:
+                with suppress(httpx.ConnectError):
+                    if api.get("/health").status_code == 200:
+                        break
+                time.sleep(0.2)
+            answer = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT)
+        assert answer.headers["X-Mask"].startswith("legal@")
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(f"http://127.0.0.1:{port}/health")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
 
 
 def test_an_api_that_is_killed_takes_its_engine_along(tmp_path: Path):

@@ -42,6 +42,8 @@ class Engine:
         return self.refuse
 
     async def unload(self, mask: Mask) -> None:
+        while mask.id in self.busy:
+            await asyncio.sleep(0.001)
         self.held.discard(mask.id)
         self.pinned.discard(mask.id)
 
@@ -121,6 +123,50 @@ def test_all_who_wait_for_a_mask_are_refused_at_the_same_time(masks: Masks, monk
     assert [type(result) for result in asyncio.run(six())] == [NoRoom] * 6
 
 
+def test_a_version_that_still_answers_takes_a_place_in_host_memory(
+    masks: Masks, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.1)
+    masks.limit = 2
+    old = asyncio.run(masks.load("legal"))
+    masks.engine.busy = {old.id}
+
+    async def republish() -> None:
+        putting = asyncio.create_task(masks.put("legal", masks.folder / "medical.safetensors"))
+        while old.id in masks.packed:
+            await asyncio.sleep(0.001)
+        masks.engine.busy.add(masks.known["legal"].id)
+        with pytest.raises(NoRoom, match="all 2 masks"):
+            await masks.load("code")
+        assert len(masks.engine.held) == 2
+        masks.engine.busy.discard(old.id)
+        await putting
+        await masks.load("code")
+
+    asyncio.run(asyncio.wait_for(republish(), 5))
+
+
+def test_a_mask_that_is_pinned_just_when_another_needs_its_place_stays(
+    masks: Masks, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.1)
+    code, *others = [asyncio.run(masks.load(name)) for name in ("code", "medical", "novels")]
+    masks.engine.busy = {mask.id for mask in others}
+
+    async def both() -> None:
+        lock = masks._locks["code"]
+        await lock.acquire()
+        pinning = asyncio.create_task(masks.pin("code", True))
+        await asyncio.sleep(0)  # it waits for the lock
+        lock.release()  # and has not got it yet
+        with pytest.raises(NoRoom):
+            await masks.load("legal")
+        await pinning
+
+    asyncio.run(both())
+    assert code.id in masks.engine.held & masks.engine.pinned & set(masks.packed)
+
+
 def test_a_mask_does_not_wait_for_places_that_are_pinned(masks: Masks):
     masks.limit = 2
     for name in ("medical", "code"):
@@ -163,6 +209,15 @@ def test_a_pin_that_waited_while_its_mask_was_replaced_holds_nothing(masks: Mask
     assert masks.engine.pinned == masks.names.pinned == set()
 
 
+def test_a_pin_that_waited_while_the_same_content_was_put_again_holds_it(masks: Masks):
+    async def both() -> None:
+        await asyncio.gather(masks.put("legal", masks.folder / "legal.safetensors"), masks.pin("legal", True))
+
+    asyncio.run(masks.load("legal"))
+    asyncio.run(both())
+    assert masks.engine.pinned == {masks.known["legal"].id}
+
+
 def test_pins_of_masks_whose_files_are_missing_count_too(masks: Masks):
     asyncio.run(masks.pin("legal", True))
     asyncio.run(masks.pin("code", True))
@@ -184,6 +239,19 @@ def test_a_new_engine_gets_what_the_last_one_had_and_nothing_that_was_deleted_me
 
     asyncio.run(both())
     assert masks.engine.held == masks.engine.pinned == set(masks.packed) == {masks.known["legal"].id}
+
+
+def test_an_engine_that_dies_before_it_has_all_masks_leaves_them_to_the_next(masks: Masks):
+    for name in ("legal", "medical", "code"):
+        asyncio.run(masks.load(name))
+    before = set(masks.packed)
+    masks.engine = Engine()
+    masks.engine.fail = True
+    with pytest.raises(Fails):
+        asyncio.run(masks.restore())
+    masks.engine = Engine()
+    asyncio.run(masks.restore())
+    assert masks.engine.held == set(masks.packed) == before
 
 
 def test_loads_that_fail_are_counted_from_0_on(masks: Masks):

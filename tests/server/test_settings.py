@@ -1,11 +1,16 @@
+import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
+from server.engine import client
 from server.settings import Settings
 
 
@@ -61,6 +66,7 @@ def test_a_value_that_has_lora_in_it_is_nobodys_business(tmp_path):
         ),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 does not work with masks yet"),
         (["--distributed-executor-backend", "ray"], "vLLM has none on cpu: leave the option out"),
+        (["--root-path", "/llm"], "--root-path /llm does not work with masks yet: leave the option out"),
         (["--api-key", "secret"], "make a key with `maskllm key ID`, and use --keys FILE"),
         (["--keys", "gone.json"], "--keys gone.json: No such file or directory"),
     ],
@@ -71,6 +77,39 @@ def test_options_that_masks_cannot_keep_are_refused(tmp_path, options, message):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_more_than_memory_holds_is_refused_at_start_with_the_sum(tmp_path):
+    base = Path(__file__).parents[2] / "examples/demo/base"
+    command = [sys.executable, "-m", "server", "--model", str(base), "--masks", str(tmp_path)]
+    done = subprocess.run([*command, "--slots", "100000"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    size = r"([\d,.]+) ([GM])B"
+    pattern = rf"fit in memory: base {size} \+ 100000 slots of {size} \+ 1 packed masks of {size} "
+    pattern += rf"\+ KV {size} \+ programs {size} = {size}, and {size} are free: use fewer --slots"
+    found = re.search(pattern, done.stderr)
+    assert found, done.stderr
+    amounts = zip(found.groups()[::2], found.groups()[1::2], strict=True)
+    base, slot, packed, kv, programs, needed, free = (
+        float(amount.replace(",", "")) * {"G": 1000, "M": 1}[unit] for amount, unit in amounts
+    )
+    assert needed == pytest.approx(base + 100_000 * slot + packed + kv + programs, rel=0.02)
+    assert needed > free
+
+
+def test_more_slots_than_a_gpu_holds_are_refused_at_start_with_the_sum(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 2 * 10**9))  # free, total
+    args = Namespace(
+        dtype="bfloat16", kv_cache_memory_bytes=None, tensor_parallel_size=1, gpu_memory_utilization=0.5
+    )
+    base = Path(__file__).parents[2] / "examples/demo/base"
+    few, many = (Settings(model=str(base), masks=tmp_path, slots=slots) for slots in (8, 100_000))
+    host, gpu = client._capacity(few, base, args)
+    assert (host.base, host.slot, host.kv, gpu.packed) == (0, 0, 0, 0)
+    said = r"not fit in the GPU: base .* \+ 100000 slots of .* and 1.00 GB are free: use fewer --slots"
+    with pytest.raises(client.BadOptions, match=said):
+        client._capacity(many, base, args)
 
 
 def test_a_model_that_cannot_be_compiled_is_not_compiled_by_force(tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 """A mask file holds what was saved, and any damage to it is refused under its own name."""
 
 import hashlib
+import json
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskllm.core import maskset
 from maskllm.core.base import Base
 from maskllm.core.maskset import (
     CodeOutOfRange,
@@ -150,12 +152,50 @@ def test_a_flipped_code_that_is_still_in_range_does_not_match_the_digest(tmp_pat
         load(path)
 
 
-@pytest.mark.parametrize("field", ["provenance", "scores"])
-@pytest.mark.parametrize("said", [None, ["by hand"], "by hand"])
-def test_what_a_file_says_of_itself_is_an_object_or_the_file_is_damaged(tmp_path: Path, field, said) -> None:
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("n", "2.0"),
+        ("m", "true"),
+        ("base", "null"),
+        ("provenance", "null"),
+        ("scores", '["by hand"]'),
+        ("scores", f'{{"deep": {nested(100)}}}'),  # an API that shows it would fail
+        ("scores", f'{{"deep": {nested(100_000)}}}'),
+        ("layers", "[]"),
+        ("layers", '{"q": ["x", "y"]}'),
+        ("layers", '{"q": [2, 12, 1], "up": [3, 8]}'),
+        ("layers", f'{{"q": [2, {10**400}], "up": [3, 8]}}'),
+        ("layers", '{"q": [2, -12], "up": [3, 8]}'),
+    ],
+)
+def test_a_header_that_says_what_none_can_is_damaged_though_its_digest_is_right(
+    tmp_path: Path, field: str, said: str
+) -> None:
+    made, path = a_mask_set(), tmp_path / "a.safetensors"
+    header = maskset._header(made)
+    with suppress(RecursionError):
+        header |= {field: json.loads(said)}
+        header["digest"] = maskset._digest(header, made.packed)
+    kept = {key: value for key, value in header.items() if key != field}
+    text = f'{json.dumps(kept)[:-1]}, "{field}": {said}}}'
+    path.write_bytes(safetensors.torch.save(dict(made.packed), {maskset.KEY: text}))
+    with pytest.raises(DamagedMask, match=r"damaged|garbles"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "entry", [nested(100_000), '{"data_offsets": [0, "2"]}', '{"data_offsets": "02"}', "1"]
+)
+def test_an_outer_header_that_says_what_none_can_is_none(tmp_path: Path, entry: str) -> None:
     path = tmp_path / "a.safetensors"
-    save(replace(a_mask_set(), **{field: said}), path)
-    with pytest.raises(DamagedMask, match=rf"garbles {field}, which must be a JSON object"):
+    text = f'{{"__metadata__": {{"{maskset.KEY}": "1"}}, "q": {entry}}}'.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(NotAMask):
         load(path)
 
 
