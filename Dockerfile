@@ -50,9 +50,11 @@ WORKDIR /app
 # gcc: Triton compiles its launcher at run time.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+COPY requirements requirements
 COPY --from=dependencies /requirements.txt requirements/serving.txt
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m venv /opt/venv && /opt/venv/bin/pip install vllm==0.32.0 -r requirements/serving.txt
+    python -m venv /opt/venv \
+    && /opt/venv/bin/pip install -c requirements/constraints-cuda.txt vllm==0.32.0 -r requirements/serving.txt
 
 # Users that load the server: locust with its web page.
 FROM python:3.11-slim AS load

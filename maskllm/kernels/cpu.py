@@ -5,7 +5,9 @@ that torch has loaded, and uses as many threads as torch is set to.
 """
 
 import ctypes
+import time
 from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,26 @@ from maskllm.kernels import DENSE
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 LARGE = 1 << 18
 """Below this many weights a second thread costs more than it does."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What 64 weights cost, in ns, with all threads, as in cpu/api.cpp; by default one thread's of Zen 4."""
+
+    slot: float = 3.2
+    """Of a slot, to read it at least."""
+    slot_row: float = 0.55
+    """Of a slot for each of its rows."""
+    once: float = 7
+    """Of the dense weight read once for several masks, at least."""
+    fixed: float = 8
+    """The same before any row,"""
+    once_row: float = 0.45
+    """for each row,"""
+    once_mask: float = 1
+    """and for each mask."""
+    dense_rows: float = 32
+    """More dense rows than this are torch's."""
 
 
 def why_not() -> str | None:
@@ -54,9 +76,87 @@ def force_form(form: int) -> None:
     """How rows with different masks share a step, for tests and benchmarks.
 
     0 multiplies each slot by its rows; 1 reads the dense weight once for all (avx512-bf16, bfloat16 weights);
-    -1, the default, does what the cost model in cpu/api.cpp expects to be faster.
+    -1, the default, does what the costs say is faster.
     """
     _library().maskllm_force_form(form)
+
+
+def set_costs(costs: Costs) -> None:
+    """What the choices between two ways of doing the same go by from now on."""
+    _library().maskllm_set_costs((ctypes.c_double * len(fields(costs)))(*astuple(costs)))
+
+
+def reads_once(row_slots: Tensor) -> bool:
+    """Whether rows with these slots, (rows,) int32, read the dense weight once for all their masks."""
+    return bool(_library().maskllm_reads_once(row_slots.data_ptr(), row_slots.shape[0]))
+
+
+def choices() -> str:
+    """What the costs say, for people."""
+    spread = (masks for masks in range(2, 17) if reads_once(torch.arange(16, dtype=torch.int32) % masks))
+    once = next(spread, None)
+    many = f"from {once} masks on" if once else "under no number of masks"
+    return f"16 rows read the dense weight once {many}; up to {dense_rows()} dense rows are multiplied here"
+
+
+def calibrate() -> Costs | None:
+    """Measure the costs with the threads that torch has, and go by them from now on.
+
+    Half a second and 130 MB, out of reach of most caches. None where there is nothing to choose: bfloat16
+    products are needed for either choice.
+    """
+    if why_not() or using() != "avx512-bf16":
+        return None
+    masks, outs, inputs = 16, 4096, 2048
+    weights = [torch.ones(outs, inputs, dtype=torch.bfloat16) for _ in range(3)]
+    # Slots in one memory, apart by their mask bits only: what the values are does not matter.
+    size, apart = slot_bytes(outs, inputs, torch.bfloat16) // 2, outs * inputs // 16
+    slots = [
+        torch.ones(size + apart * masks, dtype=torch.bfloat16).as_strided((masks, size), (apart, 1))
+        for _ in weights
+    ]
+
+    def cost(multiply: Callable[[Tensor, Tensor], object]) -> float:
+        """ns for 64 weights in the fastest of 5 passes: whatever else runs only adds to it."""
+        passes = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            for weight, each in zip(weights, slots, strict=True):
+                multiply(weight, each)
+            passes.append(time.perf_counter() - begin)
+        return 64e9 * min(passes) / sum(weight.numel() for weight in weights)
+
+    def ours(form: int, rows: list[int]) -> float:
+        x, row_slots = (
+            torch.ones(len(rows), inputs, dtype=torch.bfloat16),
+            torch.tensor(rows, dtype=torch.int32),
+        )
+        force_form(form)
+        try:
+            return cost(lambda weight, each: linear(x, weight, each, row_slots, None))
+        finally:
+            force_form(-1)
+
+    def torchs(rows: int) -> float:
+        x = torch.ones(rows, inputs, dtype=torch.bfloat16)
+        return cost(lambda weight, _: functional.linear(x, weight))
+
+    two, all_ = ours(1, [0] * 8 + [1] * 8), ours(1, list(range(masks)))
+    once_row, once_mask = max(0.0, two - ours(1, [0] * 4 + [1] * 4)) / 8, max(0.0, all_ - two) / (masks - 2)
+    costs = Costs(
+        slot=ours(0, [0]),
+        slot_row=ours(0, [0] * 16) / 16,
+        once=ours(1, [0, 1]),
+        fixed=two - 16 * once_row - 2 * once_mask,
+        once_row=once_row,
+        once_mask=once_mask,
+        dense_rows=64,
+    )
+    set_costs(costs)  # all of these dense rows are ours now
+    faster = [rows for rows in (4, 8, 16, 32, 64) if ours(-1, [DENSE] * rows) <= torchs(rows)]
+    costs = replace(costs, dense_rows=max(faster, default=0))
+    set_costs(costs)
+    return costs
 
 
 def advise(memory: Tensor) -> None:
@@ -194,6 +294,8 @@ def _library() -> Any:
         "use": (None, [text]),
         "force_form": (None, [integer]),
         "dense_rows": (integer, []),
+        "set_costs": (None, [pointer]),
+        "reads_once": (ctypes.c_bool, [pointer, long]),
         "read": (long, [pointer, long, integer]),
         "slot_bytes": (long, [long, long, integer]),
         "advise": (None, [pointer, long]),

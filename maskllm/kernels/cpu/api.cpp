@@ -320,8 +320,8 @@ CLONES void write(const Batch& batch, const Panel& panel, size_t first, size_t q
     }
 }
 
-// Many inputs take turns at the weights of some quads, which with their own part stay in the second cache; at those of
-// one quad where rows are dense, which stay in the first. A single panel takes all quads at once: one stream.
+// Several panels take turns at the weights of some quads, which with their own part stay in the second cache; where the
+// weights are dense at those of one quad, so that both stay in the first. A single panel takes all quads at once: one stream.
 constexpr size_t QUADS_TOGETHER = 64, PANELS_TOGETHER = 8;
 
 void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first_quad, size_t last_quad, const float* scales) {
@@ -332,10 +332,10 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
         for (end = begin; end < panels.size() && end - begin < PANELS_TOGETHER && panels[end].part == part;) end++;
         // The dense weight has no chunks: the fewer inputs there are, the longer the rows that are read at once. Masks
         // of full chunks are apart by one stride, a last one that is not full stands alone.
-        const size_t step = part->slot < 0 ? 4 * CHUNK * (4 / panels[begin].inputs) : chunk(batch.slot_type);
+        const bool alone = end - begin == 1;
+        const size_t step = part->slot < 0 && alone ? 4 * CHUNK * (4 / panels[begin].inputs) : chunk(batch.slot_type);
         const size_t full = part->slot == FUSED ? s.blocks / CHUNK * CHUNK : s.blocks;
-        const size_t all = last_quad - first_quad;
-        const size_t together = end - begin == 1 ? all : part->slot < 0 ? 1 : QUADS_TOGETHER;
+        const size_t together = !alone ? QUADS_TOGETHER : part->slot < 0 ? 1 : last_quad - first_quad;
         const size_t width = ROWS * panels[begin].inputs;
         sums.resize(std::max(sums.size(), (together * (end - begin) + 3) * width));  // and what `write` reads past them
         for (size_t quad = first_quad; quad < last_quad; quad += together) {
@@ -344,32 +344,39 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
             std::fill_n(sums.data(), quads * (end - begin) * width, 0.f);
             for (size_t block = 0, blocks; block < s.blocks; block += blocks) {
                 blocks = std::min(step, (block < full ? full : s.blocks) - block);
-                for (size_t p = begin; p < end; p++)
+                auto take = [&](size_t p, size_t q) { multiply(batch, panels[p], quad + q, block, blocks, of(p, q)); };
+                if (part->slot < 0)
                     for (size_t q = 0; q < quads; q++)
-                        multiply(batch, panels[p], quad + q, block, blocks, of(p, q));
+                        for (size_t p = begin; p < end; p++) take(p, q);
+                else
+                    for (size_t p = begin; p < end; p++)
+                        for (size_t q = 0; q < quads; q++) take(p, q);
             }
             for (size_t p = begin; p < end; p++) write(batch, panels[p], quad, quads, scales, of(p, 0), width);
         }
     }
 }
 
-// More dense rows than this are faster as one product of torch's (4096 x 4096 on Zen 4: 4.4 against 4.7 ms for 16 rows,
-// 14 against 12 ms for 64).
-constexpr long DENSE_ROWS = 16;
+// What decides between two ways of doing the same. These are one thread's of Zen 4, until cpu.py has measured others.
+struct Costs {  // in ns for 64 weights
+    double slot = 3.2, slot_row = 0.55;  // of a slot at least, by reading it; and of each of its rows
+    double once = 7, fixed = 8;          // of the dense weight read once for several masks, at least; and before any row
+    double once_row = 0.45, once_mask = 1;
+    double dense_rows = 32;  // more dense rows than this are faster as one product of torch's
+} costs;
 
-// Several masks in a batch: each slot for its rows, or the dense weight read once for all; whichever is faster by what
-// 64 weights cost (ns, fitted to one thread of Zen 4; `maskllm bench masks` shows both forms).
+// Several masks in a batch: each slot for its rows, or the dense weight read once for all.
 void choose_form(Batch& batch) {
     double apart = 0;
     size_t begin = batch.parts.size(), rows = 0;
     while (begin > 0 && batch.parts[begin - 1].slot >= 0) {
         const Part& part = batch.parts[--begin];
         const double count = part.end - part.begin;
-        apart += std::max(3.2, 0.55 * count);
+        apart += std::max(costs.slot, costs.slot_row * count);
         rows += part.end - part.begin;
     }
     const size_t masks = batch.parts.size() - begin;
-    const double once = std::max(9.5, 3 + 1.13 * rows + 0.5 * masks);
+    const double once = std::max(costs.once, costs.fixed + costs.once_row * rows + costs.once_mask * masks);
     if (masks > 1 && (form == 1 || (form < 0 && once < apart))) {
         batch.parts[begin] = {FUSED, batch.parts[begin].begin, batch.parts.back().end};
         batch.parts.resize(begin + 1);
@@ -381,7 +388,20 @@ bool is_bf16(int x_type, int weight_type) { return kernels->dense_bf16 && weight
 // How many dense rows are torch's.
 long dense_left(bool bf16, const int32_t* row_slots, long rows) {
     const long dense = std::count_if(row_slots, row_slots + rows, [](int32_t slot) { return slot < 0; });
-    return bf16 && dense <= DENSE_ROWS ? 0 : dense;
+    return bf16 && dense <= costs.dense_rows ? 0 : dense;
+}
+
+// The rows of a batch by slot; without the dense ones where they are left to torch.
+void arrange(Batch& batch, long rows, bool leave_dense) {
+    const int32_t* slots = batch.row_slots;
+    for (long row = 0; row < rows; row++)
+        if (slots[row] >= 0 || !leave_dense) batch.order.push_back(int(row));
+    std::stable_sort(batch.order.begin(), batch.order.end(), [&](int a, int b) { return slots[a] < slots[b]; });
+    for (size_t t = 0; t < batch.order.size(); t++) {
+        const int slot = slots[batch.order[t]];
+        if (batch.parts.empty() || batch.parts.back().slot != slot) batch.parts.push_back({slot, t, t});
+        batch.parts.back().end = t + 1;
+    }
 }
 
 void run(const Batch& batch, int threads) {
@@ -444,7 +464,18 @@ void maskllm_use(const char* name) {
         if (!std::strcmp(each->name, name)) kernels = each;
 }
 
-int maskllm_dense_rows() { return int(DENSE_ROWS); }
+int maskllm_dense_rows() { return int(costs.dense_rows); }
+
+// As many numbers as `Costs` has, in its order.
+void maskllm_set_costs(const double* measured) { std::memcpy(&costs, measured, sizeof costs); }
+
+// Whether a step of these rows would read the dense weight once, where it may.
+bool maskllm_reads_once(const int32_t* row_slots, long rows) {
+    Batch batch = {Shape(ROWS, COLUMNS), nullptr, BF16, 0, row_slots, nullptr, 0, nullptr, 0, BF16, nullptr, nullptr, {}, {}};
+    arrange(batch, rows, true);
+    choose_form(batch);
+    return !batch.parts.empty() && batch.parts.back().slot == FUSED;
+}
 
 void maskllm_force_form(int forced) { form = forced; }
 
@@ -538,15 +569,8 @@ long maskllm_multiply(const void* x, int x_type, long x_stride, long rows, const
     const long left = dense_left(bf16, row_slots, rows);
     Batch batch = {Shape(outs, columns), x, x_type, size_t(x_stride), row_slots, (const uint16_t*)weight,
                    size_t(weight_stride), slots, size_t(slot_stride), slot_type, bias, y, {}, {}};
-    for (long row = 0; row < rows; row++)
-        if (row_slots[row] >= 0 || !left) batch.order.push_back(int(row));
+    arrange(batch, rows, left);
     if (batch.order.empty()) return left;
-    std::stable_sort(batch.order.begin(), batch.order.end(), [&](int a, int b) { return row_slots[a] < row_slots[b]; });
-    for (size_t t = 0; t < batch.order.size(); t++) {
-        const int slot = row_slots[batch.order[t]];
-        if (batch.parts.empty() || batch.parts.back().slot != slot) batch.parts.push_back({slot, t, t});
-        batch.parts.back().end = t + 1;
-    }
     if (bf16 && slot_type == BF16) choose_form(batch);
     run(batch, threads);
     return left;

@@ -145,23 +145,26 @@ inline void dense_bf16_tile(const uint16_t* weight, size_t weight_stride, size_t
     for (auto& sums : sum)
 #pragma GCC unroll 16
         for (auto& s : sums) s = _mm512_setzero_ps();
+    bool own[T];  // whether an input's mask is another than that of the one before
+    for (int t = 0; t < T; t++) own[t] = MASKED && (t == 0 || masks[t] != masks[t - 1]);
     auto step = [&](const __m512i(&w)[4], size_t c) __attribute__((always_inline)) {
+        __m512i kept[4] = {w[0], w[1], w[2], w[3]};
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
             __m512bh inputs = (__m512bh)_mm512_loadu_si512(panel + T * c + 32 * t);
-            constexpr size_t chunk = CHUNK * COLUMNS;
-            const uint8_t* mask = MASKED ? masks[t] + c / chunk * mask_stride + c % chunk / 2 : nullptr;
-            if (MASKED && c % COLUMNS == 0) __builtin_prefetch(mask + CHUNK * MASK_BYTES);  // the next quad's
+            if (MASKED && own[t]) {
+                constexpr size_t chunk = CHUNK * COLUMNS;
+                const uint8_t* mask = masks[t] + c / chunk * mask_stride + c % chunk / 2;
+                if (c % COLUMNS == 0) __builtin_prefetch(mask + CHUNK * MASK_BYTES);  // the next quad's
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) {
-                __m512i kept = w[r];
-                if (MASKED) {
+                for (int r = 0; r < 4; r++) {
                     uint32_t bits;
                     std::memcpy(&bits, mask + 4 * r, 4);
-                    kept = _mm512_maskz_mov_epi16(bits, kept);
+                    kept[r] = _mm512_maskz_mov_epi16(bits, w[r]);
                 }
-                sum[r][t] = _mm512_dpbf16_ps(sum[r][t], inputs, (__m512bh)kept);
             }
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], inputs, (__m512bh)kept[r]);
         }
     };
     const uint16_t* rows[4] = {weight, weight + weight_stride, weight + 2 * weight_stride, weight + 3 * weight_stride};

@@ -187,7 +187,7 @@ def test_threads_leave_each_others_outputs_alone(fast, dtype):  # noqa: ARG001
 def test_both_forms_of_many_masks_are_right(fast, form):  # noqa: ARG001
     """Where a backend has only the first form, 1 means that one."""
     torch.manual_seed(0)
-    weight = torch.randn(30, 1196).bfloat16()
+    weight = torch.randn(300, 1196).bfloat16()
     masks = [best(torch.rand(weight.shape)) for _ in range(5)]
     slots = masked(weight, masks)
     x = torch.randn(23, 1196).bfloat16()
@@ -198,6 +198,39 @@ def test_both_forms_of_many_masks_are_right(fast, form):  # noqa: ARG001
     finally:
         cpu.force_form(-1)
     torch.testing.assert_close(out.double(), exact(x, weight, masks, row_slots, None), rtol=1e-2, atol=0.2)
+
+
+@pytest.fixture
+def costs():
+    if not cpu.available():
+        pytest.skip("the C++ kernels were not built")
+    yield cpu.set_costs
+    cpu.set_costs(cpu.Costs())
+
+
+def test_rows_with_several_masks_take_the_form_that_costs_less(costs):
+    def takes_once(masks: int) -> bool:
+        return cpu.reads_once(torch.arange(16, dtype=torch.int32) % masks)
+
+    # 16 rows of M masks: M slots at 10 apart, or 40 + 2 M for the dense weight once.
+    costs(cpu.Costs(slot=10, slot_row=0, once=0, fixed=40, once_row=0, once_mask=2))
+    assert [takes_once(masks) for masks in (4, 5, 6, 16)] == [False, False, True, True]
+    # At most 16 / M rows of 1 each, or 16.5 for all rows together: never; with fewer than 16 at 1 always.
+    costs(cpu.Costs(slot=0, slot_row=1, once=0, fixed=0.5, once_row=1, once_mask=0))
+    assert not any(takes_once(masks) for masks in range(2, 17))
+    costs(cpu.Costs(slot=0, slot_row=1, once=0, fixed=-0.5, once_row=1, once_mask=0))
+    assert [takes_once(masks) for masks in (1, 2, 16)] == [False, True, True]
+    costs(cpu.Costs(slot=0, slot_row=1, once=17, fixed=-0.5, once_row=1, once_mask=0))
+    assert not takes_once(2)
+
+
+def test_costs_are_measured_where_there_is_a_choice(costs):  # noqa: ARG001
+    measured = cpu.calibrate()
+    assert (measured is not None) == (cpu.using() == "avx512-bf16")
+    if measured:
+        assert measured.slot > 0
+        assert 0 < measured.slot_row < measured.once  # a row is less than reading all weights
+        assert measured.dense_rows == cpu.dense_rows()
 
 
 def test_rows_that_are_not_contiguous_are_read_where_they_lie(kernels):  # noqa: ARG001
