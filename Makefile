@@ -1,6 +1,6 @@
 # The five words: serve, test, check, tour, and table. CI uses the same.
 PYTHON ?= python3
-HOST ?= 0.0.0.0
+HOST ?= 127.0.0.1
 PORT ?= 8000
 # The engine's build: CUDA where there is a GPU, CPU elsewhere.
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)

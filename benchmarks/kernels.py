@@ -64,6 +64,7 @@ def main() -> None:
 def one_pass() -> dict[str, float]:
     """Every figure once, by its row's name."""
     figures = {}
+    cpu.calibrate()  # as the server does at start
     speed = read_gb_s()
     for shape in SHAPES:
         layer, name = Layer(shape), f"{shape[0]} x {shape[1]}"

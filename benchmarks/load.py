@@ -1,6 +1,6 @@
 """What load the demo server bears, and that locust says so correctly: make load
 
-    python benchmarks/load.py            # ten minutes; writes benchmarks/load.json and capacity.json
+    python benchmarks/load.py            # a quarter of an hour; writes benchmarks/load.json and capacity.json
     python benchmarks/load.py --quick    # two minutes, only printed
 
 First locust itself is measured: `loadtests/stub.py` answers on a schedule, so what locust reports must be
@@ -10,7 +10,8 @@ take turns at the demo server with the same rate, lengths and masks, and must se
 Then the demo server is swept (loadtests/sweep.py): 8 masks on 8 slots, wanted by Zipf's law; the same while a
 mask is published every two seconds; 64 masks by Zipf's law; and 64 masks in turn, the worst there is. Rates
 rise until less than half of the answers keep the SLO. The report of the first is in runs/load, its picture is
-docs/load.png.
+docs/load.png. Last come Azure's real requests, where their files are in --traces, at four times their speed and
+with lengths scaled to the demo.
 
 The server has one core, the last that the command may use, and locust has the others.
 """
@@ -36,8 +37,8 @@ from sweep import sweep
 
 MASKS, SLOTS = 64, 8
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 32
-RATES = (4, 8, 16, 24, 32, 48)
-TURNS, TURN_RATE, TURN_S = 3, 8, 30
+RATES = (4, 16, 24, 32, 48, 64, 96)
+TURNS, TURN_RATE, TURN_S = 5, 8, 30
 """Of vllm bench serve and locust: the requests a second of both, and the seconds of each turn. What a request
 takes goes with how many there are, so turns must be long enough for 8 a second at random to be about 8."""
 STUB_TTFT_MS, STUB_TPOT_MS = 50, 20
@@ -51,6 +52,11 @@ SWEEPS = {
     "64 masks in turn": (["AllDistinct"], MASKS),
 }
 """Users, and how many of the masks they ask for."""
+TRACES = {
+    "Azure's conversations, times their speed": "AzureLLMInferenceTrace_conv.csv",
+    "Azure's code, times its speed": "AzureLLMInferenceTrace_code.csv",
+}
+TRACE_SPEED, TRACE_S = 4, 60
 
 
 def main() -> None:
@@ -59,6 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=15, help="of each load")
     parser.add_argument("--quick", action="store_true", help="two rates of ten seconds, only printed")
+    parser.add_argument("--traces", type=Path, default=ROOT.parent / "shared/data/traces", help="folder")
     args = parser.parse_args()
     seconds, rates, turns, turn_s = (
         (10, RATES[:2], 1, 10) if args.quick else (args.seconds, RATES, TURNS, TURN_S)
@@ -80,6 +87,7 @@ def main() -> None:
                 name: swept(server, users, masks[:wanted], rates, seconds, folder / name)
                 for name, (users, wanted) in SWEEPS.items()
             }
+            points |= replayed(server, masks[:SLOTS], args.traces, folder)
         if not args.quick:
             keep(folder / next(iter(SWEEPS)))
     capacity = [row for name, each in points.items() for point in each for row in figures(name, point)]
@@ -181,6 +189,17 @@ def swept(
     return points
 
 
+def replayed(server: Server, masks: list[str], traces: Path, folder: Path) -> dict[str, list[Point]]:
+    """Azure's requests, of each file that is there."""
+    found = {}
+    for name, file in TRACES.items():
+        if (traces / file).exists():
+            options = ["--masks", ",".join(masks), "--arrivals", "trace", "--trace", str(traces / file)]
+            sweep(server.url, ["Zipf"], [TRACE_SPEED], TRACE_S, folder / file, options)
+            found[name] = loadreport.read(folder / file, WARMUP_S)
+    return found
+
+
 def keep(folder: Path) -> None:
     """Write the report of a sweep into runs/load, and its picture where the docs show it."""
     loadreport.write(folder, loadreport.read(folder, WARMUP_S), SLO, [])
@@ -192,7 +211,15 @@ def keep(folder: Path) -> None:
 def figures(name: str, point: Point) -> Iterator[Row]:
     found = loadreport.figures(point, SLO)
     load = f"{name}, {float(point.about['rate']):g}"
-    for figure in ("tokens/s", "TTFT p50, ms", "TTFT p99, ms", "TPOT p50, ms", "TPOT p99, ms", "goodput, %"):
+    for figure in (
+        "answered, requests/s",
+        "tokens/s",
+        "TTFT p50, ms",
+        "TTFT p99, ms",
+        "TPOT p50, ms",
+        "TPOT p99, ms",
+        "goodput, %",
+    ):
         better = "lower" if "ms" in figure else "higher"
         yield Row(f"{load} | {figure}", found[figure], figure.rpartition(" ")[2], better=better)
     yield Row(f"{load} | fairness", found["fairness"], "", better="higher")

@@ -396,6 +396,7 @@ class Bench(Command):
             layer = speed.Layer(self.shape)
             table = {"": speed.interleave(layer.swap(), self.rounds, layer.calls)}
         elif self.what == "masks":
+            cpu.calibrate()  # as the server does at start
             table = {
                 f"{masks} masks": speed.interleave(speed.many_masks(self.shape, 16, masks), self.rounds)
                 for masks in speed.MASKS
