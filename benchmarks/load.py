@@ -10,8 +10,8 @@ take turns at the demo server with the same rate, lengths and masks, and must se
 Then the demo server is swept (loadtests/sweep.py): 8 masks on 8 slots, wanted by Zipf's law; the same while a
 mask is published every two seconds; 64 masks by Zipf's law; and 64 masks in turn, the worst there is. Rates
 rise until less than half of the answers keep the SLO. The report of the first is in runs/load, its picture is
-docs/load.png. Last come Azure's real requests, where their files are in --traces, at four times their speed and
-with lengths scaled to the demo.
+docs/load.png. Last come Azure's real requests, where their files are in --traces, at four times their speed
+and with lengths scaled to the demo.
 
 The server has one core, the last that the command may use, and locust has the others.
 """
@@ -87,7 +87,8 @@ def main() -> None:
                 name: swept(server, users, masks[:wanted], rates, seconds, folder / name)
                 for name, (users, wanted) in SWEEPS.items()
             }
-            points |= replayed(server, masks[:SLOTS], args.traces, folder)
+            if not args.quick:
+                points |= replayed(server, masks[:SLOTS], args.traces, folder)
         if not args.quick:
             keep(folder / next(iter(SWEEPS)))
     capacity = [row for name, each in points.items() for point in each for row in figures(name, point)]
@@ -97,7 +98,8 @@ def main() -> None:
     notes = {
         "load": f"{lengths}, {TURN_RATE} requests/s, Poisson, {turns} turns of {turn_s} s; {cores}",
         "capacity": f"{lengths}, Poisson, {seconds:g} s of each; SLO: TTFT {1000 * SLO.ttft_s:g} ms, TPOT "
-        f"{1000 * SLO.tpot_s:g} ms; {SLOTS} slots; {cores}",
+        f"{1000 * SLO.tpot_s:g} ms; {SLOTS} slots; Azure's requests: {TRACE_S} s, times and lengths theirs; "
+        f"{cores}",
     }
     for topic, rows, of in (("load", agreement, "figure"), ("capacity", capacity, "load, requests/s")):
         if args.quick:

@@ -31,6 +31,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 
 import aiohttp
@@ -442,7 +443,7 @@ def figures(
         by_mask[answer.ask.mask].append(float(answer.ttft_s or 0))
     hot, cold = set(soak.names[:SLOTS]), set(soak.names[len(soak.names) // 2 :])
     of_hot, of_cold = (
-        statistics.median(time for mask, times in by_mask.items() if mask in which for time in times)
+        statistics.median([s for mask, times in by_mask.items() if mask in which for s in times] or [nan])
         for which in (hot, cold)
     )
     medians = {mask: statistics.median(times) for mask, times in by_mask.items()}

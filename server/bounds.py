@@ -1,6 +1,7 @@
 """How large a request may be and how slow its client: its headers, its body, and what it asks for."""
 
 from asyncio import TimerHandle
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
@@ -8,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.access import ANYONE, Caller
 from server.errors import TooMuch
 from server.settings import Settings
 
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 64 * 1024
 SMALL_BODY_BYTES = 64 * 1024
-LARGE_BODIES = 64
-"""How many bodies of the largest size are held at a time; small ones do not count."""
+LARGE_BODIES, LARGE_BODIES_A_KEY = 64, 16
+"""How many bodies of the largest size are held at a time, of all and of each key; small ones do not count."""
 PATIENCE_S = 30
 """Seconds that a client may take for its headers, between two pieces of its body, and to read on."""
 
@@ -32,7 +34,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app = app
         self.most = most
-        self._held = 0
+        self._held = Counter[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,6 +44,8 @@ class BodyLimit:
         state["max_body_bytes"] = self.most
         size = int(Headers(scope=scope).get("content-length", 0))
         read = held = 0
+        caller: Caller | None = scope.get("caller")
+        key, keyed = (caller.key.id, caller.key is not ANYONE) if caller else ("", False)
 
         async def bounded() -> Message:
             nonlocal read, held
@@ -51,17 +55,19 @@ class BodyLimit:
             if max(size, read) > most:
                 text = f"a body may have {most} bytes, and this one has more"
                 raise HTTPException(413, text, {"connection": "close"})  # the rest stays unread
-            if read > SMALL_BODY_BYTES and most == self.most:
-                self._held, held = self._held + read - held, read
-                if self._held > LARGE_BODIES * self.most:
-                    text = f"the server holds {LARGE_BODIES} bodies of {most} bytes, and takes no more"
+            if message.get("body") and read > SMALL_BODY_BYTES and most == self.most:
+                self._held[key] += read - held
+                held = read
+                of_all, of_key = self._held.total(), self._held[key] if keyed else 0
+                if of_all > LARGE_BODIES * most or of_key > LARGE_BODIES_A_KEY * most:
+                    text = f"{max(of_all, of_key)} bytes of bodies are being answered, and no more are taken"
                     raise HTTPException(503, text, {"connection": "close"})
             return message
 
         try:
             await self.app(scope, bounded, send)
         finally:
-            self._held -= held
+            self._held[key] -= held
 
 
 class BoundedHttp(HttpToolsProtocol):

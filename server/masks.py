@@ -7,6 +7,7 @@ HTTP side owns what is known and what is packed; the engine brings packed masks 
 import asyncio
 import logging
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -180,7 +181,7 @@ class Masks:
             with suppress(OSError):
                 left.unlink()
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            name = path.name.removesuffix(SUFFIX)
+            name = os.fsencode(path.name).decode(errors="replace").removesuffix(SUFFIX)  # answers are UTF-8
             try:
                 self.known[name] = self._read(name, path)
                 self.metrics.load_failures.labels(name)
@@ -198,7 +199,7 @@ class Masks:
             async with self._locks[mask.name]:
                 if self._is_current(mask):
                     try:
-                        await self._load(mask)
+                        await self._load(self.known[mask.name])  # which may have another path by now
                     except (UnavailableMask, NoRoom) as error:
                         logger.warning("%s", error)
             del self._lost[mask.id]

@@ -31,8 +31,6 @@ KNOWN_MISSES = {
     "end-to-end: batch 4 | bf16 slots, times": 1.35,
     "end-to-end: batch 4 | int8 slots, times": 1.75,
     "end-to-end: batch 16 | bf16 slots, times": 1.2,
-    # 0.505 the run before: one mask's step became faster by as much as eight masks' did, and is the smaller.
-    "end-to-end: batch 16, 8 masks | bf16 slots, times": 0.48,
     # Reads of 128 bytes a row reach 2 of the 4.2 TB/s, whatever is computed with them.
     "gpu-nvidia-h200: decode, batch 16 | layer, x": 1.15,
     # The GPU needs 6.5 ms for the swap and 1.4 times less for prefill; Python and the library's calls do not.

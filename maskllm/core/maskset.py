@@ -295,7 +295,10 @@ def _parse(raw: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         entries = json.loads(raw[8 : 8 + length])
         metadata = entries.pop("__metadata__")[KEY]
-        size = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        if not all(type(end) is int and 0 <= end < 1 << 63 for end in ends):
+            raise ValueError
+        size = 8 + length + max(ends, default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise NotAMask(f"{name} is not a mask file: it has no `{KEY}` header") from None
     if len(raw) < size:
@@ -303,7 +306,7 @@ def _parse(raw: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         header = json.loads(metadata)
         tensors = safetensors.torch.load(raw)
-    except (ValueError, TypeError, RecursionError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise DamagedMask(f"{name}: its header is damaged: {error}") from None
     if not isinstance(header, dict) or header.get("version") != VERSION:
         raise DamagedMask(f"{name}: unknown header version; this program reads version {VERSION}")
@@ -312,18 +315,16 @@ def _parse(raw: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check_header(header: dict[str, Any]) -> None:
     """Raise KeyError or TypeError, naming it, where an entry lacks or is not what `_header` writes."""
-    for key, kind in {
-        "n": int,
-        "m": int,
-        "base": str,
-        "layers": dict,
-        "provenance": dict,
-        "scores": dict,
-    }.items():
+    if not _is_flat(header):
+        raise TypeError(f"what is nested deeper than {MAX_DEPTH}")
+    try:
+        json.dumps(header, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise TypeError("text that is not Unicode's") from None
+    kinds = {"n": int, "m": int, "base": str, "layers": dict, "provenance": dict, "scores": dict}
+    for key, kind in kinds.items():
         if type(header[key]) is not kind:  # True is no 1
             raise TypeError(f"{key}, which must be of JSON's {kind.__name__}")
-        if not _is_flat(header[key]):
-            raise TypeError(f"{key}, which is nested deeper than {MAX_DEPTH}")
     for layer, shape in header["layers"].items():
         whole = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
         if not whole or not all(0 < size < 1 << 31 for size in shape):
@@ -332,5 +333,7 @@ def _check_header(header: dict[str, Any]) -> None:
 
 def _is_flat(value: Any, most: int = MAX_DEPTH) -> bool:
     """Whether who walks a JSON value by recursion, as an API that shows it does, soon arrives."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
     return most > 0 and all(_is_flat(each, most - 1) for each in inner)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def calibrate() -> Costs | None:
         dense_rows=64,
     )
     set_costs(costs)  # all of these dense rows are ours now
-    faster = [rows for rows in (4, 8, 16, 32, 64) if ours(-1, [DENSE] * rows) <= torchs(rows)]
+    faster = list(takewhile(lambda rows: ours(-1, [DENSE] * rows) <= torchs(rows), (4, 8, 16, 32, 64)))
     costs = replace(costs, dense_rows=max(faster, default=0))
     set_costs(costs)
     return costs

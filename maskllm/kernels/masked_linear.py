@@ -51,7 +51,7 @@ def chosen() -> dict[str, str]:
         forced = backend(torch.device(device)) is None and not module.why_not()
         reason = "MASKLLM_BACKEND=reference" if forced else module.why_not()
         use[device] = f"reference: {reason}" if reason else module.using()
-    if use["cpu"] == cpu.using() and cpu.calibrate():
+    if not use["cpu"].startswith("reference") and cpu.calibrate():
         use["cpu, measured now"] = cpu.choices()
     return use | {"cpu could use": ", ".join(["reference", *cpu.available()])}
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import ssl
 import sysconfig
 import time
 from argparse import Namespace
@@ -65,8 +66,6 @@ DRAIN_POLL_S = 0.02
 WATCH_S = 0.2
 STATS_S = 0.1
 LOAD_POLL_S = 0.01
-
-
 TLS = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers")
 """vLLM's options that uvicorn calls the same."""
 
@@ -438,6 +437,7 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     if args.distributed_executor_backend == "ray" and not current_platform.ray_device_key:
         name = current_platform.device_type
         raise BadOptions(f"--distributed-executor-backend ray: vLLM has none on {name}: leave the option out")
+    _check_tls(args)
     must = {
         "quantization": NAME,
         "worker_extension_cls": ours["worker-extension-cls"],
@@ -463,6 +463,19 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
             hint = ours_for.get(option, "leave the option out")
             raise BadOptions(f"--{option.replace('_', '-')} {given} does not work with masks yet: {hint}")
     return args
+
+
+def _check_tls(args: Namespace) -> None:
+    """Raise BadOptions where uvicorn would fail once the engine has started, or would serve plain HTTP."""
+    given = [f"--{name.replace('_', '-')}" for name in TLS if name != "ssl_cert_reqs" and getattr(args, name)]
+    if not args.ssl_certfile:
+        if given:
+            raise BadOptions(f"{', '.join(given)}: give a --ssl-certfile, too")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(args.ssl_certfile, args.ssl_keyfile)
+    except OSError as error:
+        raise BadOptions(f"{', '.join(given)}: {error.strerror or error}") from None
 
 
 def configuration(args: Namespace) -> VllmConfig:
@@ -498,9 +511,10 @@ def _capacity(settings: Settings, folder: Path, args: Namespace) -> tuple[Capaci
     capacity = measure(folder, dtype, settings.mask_dtype == "int8", kv, args.tensor_parallel_size)
     packed, gpu = settings.packed or 1, None
     if not current_platform.is_cpu():
-        free, total = torch.cuda.mem_get_info()
-        free = min(free, int(total * args.gpu_memory_utilization))
-        gpu = measure_gpu(folder, free, dtype, kv, args.tensor_parallel_size)
+        # Not by CUDA, which would then take some of the GPU's memory for this process, too.
+        total = current_platform.get_device_total_memory()
+        share = 1.0 if kv else args.gpu_memory_utilization  # as vLLM does
+        gpu = measure_gpu(folder, int(share * total), dtype, kv, args.tensor_parallel_size)
         capacity = replace(capacity, base=0, slot=0, kv=0)
     for fits, where, others in ((capacity, "memory", packed), (gpu, "the GPU", 0)):
         if fits and fits.needs(settings.slots, others) > fits.free:

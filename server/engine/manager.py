@@ -75,9 +75,11 @@ class MaskManager:
                 # 2:4 takes whole groups; a layer that has none is never masked by it.
                 dtype = torch.bool if weight.shape[1] % 4 else self.mask_dtype
                 layer.register_buffer("slots", allocate(weight, self.slots, dtype), persistent=False)
-        if self.device.type == "cpu" and cpu.calibrate():
+        fast = [each for each in self.layers.values() if each.get_buffer("slots").dtype != torch.bool]
+        choosing = any(layer.get_parameter("weight").dtype == torch.bfloat16 for layer in fast)
+        if self.device.type == "cpu" and choosing and cpu.calibrate():
             logger.info("measured: %s", cpu.choices())
-        slow = sum(layer.get_buffer("slots").dtype == torch.bool for layer in self.layers.values())
+        slow = len(self.layers) - len(fast)
         if slow:
             logger.warning(
                 "%d of %d layers are masked without kernels: there are none here, or bfloat16 does not hold "

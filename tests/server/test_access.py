@@ -23,7 +23,7 @@ ASK = {"prompt": "The Secretary shall", "max_tokens": 4, "temperature": 0, "igno
 ROUTES = {
     ("GET", "/"): "open",
     ("GET", "/health"): "open",
-    ("GET", "/metrics"): "use",
+    ("GET", "/metrics"): "admin",  # or use, of all masks
     ("GET", "/openapi.json"): "open",
     ("HEAD", "/openapi.json"): "open",
     ("GET", "/version"): "use",
@@ -112,6 +112,15 @@ def test_the_openai_client_raises_its_own_errors_for_keys_and_limits(server: Ser
         stranger.models.list()
     with client("acme") as acme, pytest.raises(openai.PermissionDeniedError, match="it may use: legal"):
         acme.completions.create(model="medical", prompt="The")
+
+
+def test_metrics_are_for_keys_of_all_masks_and_polling_them_is_not_logged(server: Server):
+    with server.client("hasty") as all_, server.client("acme") as some:
+        seen = all_.get("/metrics", headers={"X-Request-Id": "scrape"})
+        refused = some.get("/metrics", headers={"X-Request-Id": "peek"})
+    assert (seen.status_code, refused.status_code) == (200, 403)
+    assert "/metrics names all of them" in refused.json()["error"]["message"]
+    assert '"scrape"' not in server.log.read_text()
 
 
 def test_a_key_for_some_masks_uses_and_sees_only_these(server: Server):
@@ -257,6 +266,8 @@ def test_a_strangers_body_is_not_read():
         await Response(await Request(scope, receive).body())(scope, receive, send)
 
     access = Access([key()], max_waiting=1)
+    for path in ("/v1/aliases/law", "/v1/nothing"):
+        assert ask_the_doorkeeper(app, access, path, "other", content=unread()).status_code == 401
     refused = ask_the_doorkeeper(app, access, "/v1/completions", "other", content=unread())
     assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
     assert ask_the_doorkeeper(app, access, "/v1/completions", "secret", content=b"hi").text == "hi"

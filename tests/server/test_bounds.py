@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
+from server.access import Caller, Key
 from server.bounds import MAX_HEADER_BYTES, SMALL_BODY_BYTES, BodyLimit
 
 MAX_BODY_BYTES = 4 << 20
@@ -56,19 +57,26 @@ def test_a_length_that_is_too_large_is_refused_before_a_byte_of_the_body(server:
     assert answer.startswith(b"HTTP/1.1 413 ")
 
 
-def test_large_bodies_share_so_much_memory_and_small_ones_pass(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("server.bounds.LARGE_BODIES", 2)
+@pytest.mark.parametrize("key", [None, "one"])
+def test_large_bodies_share_so_much_memory_and_small_ones_pass(monkeypatch: pytest.MonkeyPatch, key):
+    """All together, or those of a key."""
+    monkeypatch.setattr("server.bounds.LARGE_BODIES_A_KEY" if key else "server.bounds.LARGE_BODIES", 2)
     most, held = SMALL_BODY_BYTES + 1, asyncio.Event()
+    callers = {id: Caller(Key(id=id, sha256="0" * 64, role="use")) for id in ("one", "two")}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/upload":
+            scope["state"]["max_body_bytes"] = 2 * most
         content = await Request(scope, receive).body()
         await held.wait()
         await send({"type": "length", "of": len(content)})
 
     limit = BodyLimit(app, most)
 
-    async def ask(size: int) -> int:
+    async def ask(size: int, path: str = "/", key: str | None = key) -> int:
         sent = []
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        scope |= {"caller": callers[key]} if key else {}
 
         async def receive() -> Message:
             return {"type": "http.request", "body": bytes(size), "more_body": False}
@@ -76,7 +84,7 @@ def test_large_bodies_share_so_much_memory_and_small_ones_pass(monkeypatch: pyte
         async def send(message: Message) -> None:
             sent.append(message["of"])
 
-        await limit({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+        await limit(scope, receive, send)
         return sent[0]
 
     async def all_at_once() -> None:
@@ -86,9 +94,14 @@ def test_large_bodies_share_so_much_memory_and_small_ones_pass(monkeypatch: pyte
             await ask(most)
         assert (refused.value.status_code, refused.value.headers) == (503, {"connection": "close"})
         small = [asyncio.create_task(ask(SMALL_BODY_BYTES)) for _ in range(9)]
+        upload = asyncio.create_task(ask(2 * most, "/upload"))
+        other = [asyncio.create_task(ask(most, key="two"))] if key else []
+        await asyncio.sleep(0.01)
+        assert limit._held.total() == (2 + len(other)) * most
         held.set()
-        assert await asyncio.gather(*holding, *small) == [most] * 2 + [SMALL_BODY_BYTES] * 9
-        assert await ask(most) == most
+        sizes = await asyncio.gather(*holding, *other, *small, upload)
+        assert sizes == [most] * (2 + len(other)) + [SMALL_BODY_BYTES] * 9 + [2 * most]
+        assert limit._held.total() == 0
 
     asyncio.run(all_at_once())
 

@@ -74,7 +74,7 @@ def lone(tmp_path_factory: pytest.TempPathFactory, traces: tuple[str, list[Span]
     numbers = {"--packed": PACKED, "--max-num-seqs": BATCH, "--metrics-port": METRICS_PORT}
     options = [str(word) for option in numbers.items() for word in option]
     options += ["--lenient", "--log-prompts", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    options += ["--otlp-traces-endpoint", traces[0]]
+    options += ["--otlp-traces-endpoint", traces[0], "--allowed-origins", '["https://app.example"]']
     environment = {"CXX": "no-compiler", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
     with serving(folder, log, *options, **environment) as server:
         yield server
@@ -119,6 +119,18 @@ def test_without_a_compiler_logprobs_are_answered_like_anything_else(lone: Serve
         assert answer.status_code == 200
         assert len(answer.json()["choices"][0]["logprobs"]["top_logprobs"]) == 8
         assert api.get("/health").status_code == 200
+
+
+def test_a_browser_of_an_origin_that_is_allowed_may_ask_whether_it_may_without_a_key(lone: Server):
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    for origin, allowed in (("https://app.example", "https://app.example"), ("https://else.example", None)):
+        with httpx.Client(base_url=lone.url, headers={"Origin": origin}) as browser:
+            may = browser.options("/v1/completions", headers=ask)
+            refused = browser.post("/v1/completions", json=SHORT)
+        assert (may.status_code == 200) == bool(allowed)
+        assert refused.status_code == 401
+        assert may.headers.get("access-control-allow-origin") == allowed
+        assert refused.headers.get("access-control-allow-origin") == allowed
 
 
 def test_told_to_be_lenient_it_ignores_unknown_fields_and_converts_types(lone: Server):
@@ -310,18 +322,22 @@ def test_with_a_certificate_it_speaks_tls_and_nothing_else(tmp_path: Path):
     known = ssl.create_default_context(cafile=certificate)
     log = (tmp_path / "server.log").open("wb")
     with log, subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT) as server:
-        with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=known, timeout=60) as api:
-            while server.poll() is None:
-                with suppress(httpx.ConnectError):
-                    if api.get("/health").status_code == 200:
-                        break
-                time.sleep(0.2)
-            answer = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT)
-        assert answer.headers["X-Mask"].startswith("legal@")
-        with pytest.raises(httpx.RemoteProtocolError):
-            httpx.get(f"http://127.0.0.1:{port}/health")
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        try:
+            with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=known, timeout=60) as api:
+                deadline = time.monotonic() + 180
+                while server.poll() is None and time.monotonic() < deadline:
+                    with suppress(httpx.ConnectError):
+                        if api.get("/health").status_code == 200:
+                            break
+                    time.sleep(0.2)
+                answer = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT)
+            assert answer.headers["X-Mask"].startswith("legal@")
+            with pytest.raises(httpx.RemoteProtocolError):
+                httpx.get(f"http://127.0.0.1:{port}/health")
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
 
 
 def test_an_api_that_is_killed_takes_its_engine_along(tmp_path: Path):

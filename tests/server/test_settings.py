@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
@@ -67,6 +66,8 @@ def test_a_value_that_has_lora_in_it_is_nobodys_business(tmp_path):
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 does not work with masks yet"),
         (["--distributed-executor-backend", "ray"], "vLLM has none on cpu: leave the option out"),
         (["--root-path", "/llm"], "--root-path /llm does not work with masks yet: leave the option out"),
+        (["--ssl-keyfile", "key.pem"], "--ssl-keyfile: give a --ssl-certfile, too"),
+        (["--ssl-certfile", "gone.pem"], "--ssl-certfile: No such file or directory"),
         (["--api-key", "secret"], "make a key with `maskllm key ID`, and use --keys FILE"),
         (["--keys", "gone.json"], "--keys gone.json: No such file or directory"),
     ],
@@ -98,8 +99,8 @@ def test_more_than_memory_holds_is_refused_at_start_with_the_sum(tmp_path):
 
 
 def test_more_slots_than_a_gpu_holds_are_refused_at_start_with_the_sum(tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 2 * 10**9))  # free, total
+    card = SimpleNamespace(is_cpu=lambda: False, get_device_total_memory=lambda: 2 * 10**9)
+    monkeypatch.setattr(client, "current_platform", card)
     args = Namespace(
         dtype="bfloat16", kv_cache_memory_bytes=None, tensor_parallel_size=1, gpu_memory_utilization=0.5
     )

@@ -166,6 +166,8 @@ def nested(depth: int) -> str:
         ("scores", '["by hand"]'),
         ("scores", f'{{"deep": {nested(100)}}}'),  # an API that shows it would fail
         ("scores", f'{{"deep": {nested(100_000)}}}'),
+        ("scores", '{"a": "\\ud800"}'),
+        ("more", nested(100)),
         ("layers", "[]"),
         ("layers", '{"q": ["x", "y"]}'),
         ("layers", '{"q": [2, 12, 1], "up": [3, 8]}'),
@@ -188,8 +190,29 @@ def test_a_header_that_says_what_none_can_is_damaged_though_its_digest_is_right(
         load(path)
 
 
+def test_a_dtype_that_torch_does_not_have_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save(a_mask_set(), path)
+    good = path.read_bytes()
+    assert b'"dtype":"U8"' in good
+    for dtype in (b"F4", b"F6_E2M3", b"F8_E8M0", b"U9"):
+        changed = good[8:].replace(b'"dtype":"U8"', b'"dtype":"' + dtype + b'"')
+        size = int.from_bytes(good[:8], "little") + len(changed) - len(good) + 8
+        path.write_bytes(size.to_bytes(8, "little") + changed)
+        with pytest.raises(MaskError):
+            load(path)
+
+
 @pytest.mark.parametrize(
-    "entry", [nested(100_000), '{"data_offsets": [0, "2"]}', '{"data_offsets": "02"}', "1"]
+    "entry",
+    [
+        nested(100_000),
+        '{"data_offsets": [0, "2"]}',
+        f'{{"data_offsets": [0, {"9" * 4300}]}}',
+        '{"data_offsets": [0, true]}',
+        '{"data_offsets": "02"}',
+        "1",
+    ],
 )
 def test_an_outer_header_that_says_what_none_can_is_none(tmp_path: Path, entry: str) -> None:
     path = tmp_path / "a.safetensors"

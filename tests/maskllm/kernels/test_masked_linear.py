@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskllm.core.patterns import best, encode, pack
 from maskllm.kernels import DENSE, cpu
-from maskllm.kernels.masked_linear import NoBackend, allocate, backend, fill, masked_linear
+from maskllm.kernels.masked_linear import NoBackend, allocate, backend, chosen, fill, masked_linear
 
 HERE = Path(__file__).parent
 CPU = Path(cpu.__file__).with_name("cpu")
@@ -222,6 +222,11 @@ def test_rows_with_several_masks_take_the_form_that_costs_less(costs):
     assert [takes_once(masks) for masks in (1, 2, 16)] == [False, True, True]
     costs(cpu.Costs(slot=0, slot_row=1, once=17, fixed=-0.5, once_row=1, once_mask=0))
     assert not takes_once(2)
+
+
+def test_without_kernels_it_is_said_why(monkeypatch):
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    assert chosen()["cpu"].startswith("reference: the C++ kernels were not built")
 
 
 def test_costs_are_measured_where_there_is_a_choice(costs):  # noqa: ARG001
