@@ -21,9 +21,7 @@ KNOWN_MISSES = {
     "kernels: 4096 x 11008, 4 | x torch": 2.4,
     "kernels: 768 x 768, 4 | x torch": 2.3,
     "kernels: 11008 x 4096, 1 | x torch int8": 1.7,
-    "kernels: 4096 x 11008, 1 | x torch int8": 1.7,
-    # 84 us, of which a call from Python takes 6, beside 56 to 79 of memcpy (145 beside 94 in slower hours, before
-    # the next rows were fetched ahead).
+    # 84 us, of which a call from Python takes 6, beside 56 to 79 of memcpy.
     "kernels: 768 x 768, swap bf16 | time / memcpy": 1.5,
     "kernels: 768 x 768, swap int8 | time / memcpy": 1.45,
     # Plain vLLM's bf16 steps are within 1.2 to 1.5 of reading every weight once, and what is no weight
