@@ -8,6 +8,9 @@ come from disk to host memory (*disk*, read beside the steps) and from there int
 steps) all the time. Seconds are those of the server's metric `maskllm_swap_seconds`. What the kernel needs is
 `maskllm bench swap` of each of the model's layers, measured when the server has gone, on as many threads as
 torch takes; it includes no step that has just used the caches.
+
+Then one stream runs, first alone, then while masks that nobody asks for are loaded and evicted all the time:
+what that adds to the time between two of its tokens must be less than a swap.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -47,7 +51,10 @@ def main() -> None:
             asyncio.run(load(server, seconds))
             took = time.monotonic() - begin
             swaps = {source: each.since(before.get(source)) for source, each in server.swaps().items()}
-    rows = figures(swaps, took, *kernel())
+            turns = [
+                asyncio.run(stream(server, loading)) for loading in (False, True) * (1 if args.quick else 5)
+            ]
+    rows = figures(swaps, took, *kernel()) + list(stalls(turns[::2], turns[1::2], swaps["host"]))
     note = f"{MASKS} masks, {SLOTS} slots, {PACKED} in host memory, {CLIENTS} clients, {seconds:g} s"
     if args.quick:
         about = {"command": "--quick", "date": "", "machine": "", "note": note, "of": "source"}
@@ -71,6 +78,53 @@ async def load(server: Server, seconds: float) -> None:
                         answer.raise_for_status()
 
         await asyncio.gather(*(client() for _ in range(CLIENTS)))
+
+
+async def stream(server: Server, loading: bool) -> tuple[list[float], float]:
+    """Seconds between the tokens of a stream, and loads a second meanwhile."""
+    body = {
+        "mask": "m0",
+        "prompt": "The Secretary shall",
+        "max_tokens": 400,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    loads, at = 0, list[float]()
+    async with server.session() as session:
+
+        async def load() -> None:
+            nonlocal loads
+            for turn in itertools.count():
+                async with session.post(f"/v1/masks/m{1 + turn % (MASKS - 1)}/load") as answer:
+                    answer.raise_for_status()
+                loads += 1
+
+        async with session.post("/v1/completions", json=body) as answer:
+            answer.raise_for_status()
+            beside = asyncio.create_task(load()) if loading else None
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    at.append(time.perf_counter())
+            if beside:
+                beside.cancel()
+                await asyncio.gather(beside, return_exceptions=True)
+    return [b - a for a, b in itertools.pairwise(at)], loads / (at[-1] - at[0])
+
+
+def stalls(
+    alone: list[tuple[list[float], float]], beside: list[tuple[list[float], float]], swaps: Swaps
+) -> Iterator[Row]:
+    p99 = {}
+    for name, turns in (("alone", alone), ("while masks are loaded", beside)):
+        gaps = sorted(1000 * gap for each, _ in turns for gap in each)
+        p99[name] = gaps[int(0.99 * len(gaps))]
+        yield Row(f"between a stream's tokens, {name} | p50, ms", gaps[len(gaps) // 2], "ms")
+        yield Row(f"between a stream's tokens, {name} | p99, ms", p99[name], "ms")
+        yield Row(f"between a stream's tokens, {name} | mean, ms", sum(gaps) / len(gaps), "ms")
+    rate = sum(each for _, each in beside) / len(beside)
+    yield Row("between a stream's tokens, while masks are loaded | swaps/s", rate, "loads/s", better="higher")
+    added = p99["while masks are loaded"] - p99["alone"]
+    yield Row("p99 between tokens that loads add | p99, ms", added, "ms", must=1000 * swaps.quantile(0.99))
 
 
 def kernel() -> tuple[float, int]:
