@@ -33,7 +33,7 @@ from server.engine import linear
 from server.engine.shards import Shard, shard, shards
 from server.metrics import SWAP_SECONDS
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # of others, vLLM's process shows no INFO
 
 MASK_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """What `--mask-dtype` means to the kernels."""
