@@ -162,7 +162,16 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     masks, logs = tmp_path_factory.mktemp("masks"), tmp_path_factory.mktemp("logs")
     for file in MASKS.glob("*.safetensors"):
         shutil.copy(file, masks)
-    options = ["--slots", 1, "--turn-steps", 100_000, "--dtype", "float32", "--enforce-eager"]
+    options = [
+        "--slots",
+        1,
+        "--turn-steps",
+        100_000,
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--open-metrics",
+    ]
     options += ["--kv-cache-memory-bytes", 128 << 20]
     with serving(masks, logs, *options) as server, watching(server, logs) as each:
         yield each
