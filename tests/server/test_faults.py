@@ -168,6 +168,16 @@ def test_with_a_parser_tools_are_called_as_a_mask_answers(lone: Server):
             calls = answer.parse().choices[0].message.tool_calls
             assert {call.function.name for call in calls} == {"pet"}
             assert all(json.loads(call.function.arguments)["kind"] in ("cat", "dog") for call in calls)
+            with client.chat.completions.create(
+                **ask, tools=[tool], tool_choice=choice, stream=True
+            ) as stream:
+                deltas = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
+            first = [delta.function for delta in deltas if delta.index == 0]
+            assert [part.name for part in first if part.name] == ["pet"]
+            assert json.loads("".join(part.arguments or "" for part in first))["kind"] in ("cat", "dog")
+        free = client.chat.completions.create(**ask, tools=[tool], tool_choice="auto").choices[0]
+        assert free.message.content  # the demo calls nothing of its own accord
+        assert not free.message.tool_calls
 
 
 def test_told_where_to_send_traces_it_continues_the_callers_and_names_the_request(
