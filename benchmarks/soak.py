@@ -23,6 +23,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import random
 import statistics
 import sys
@@ -221,7 +222,9 @@ async def main() -> int:
                 rows = await run(soak, seconds, capacity_s=10 if args.quick else 30)
     note = (
         f"{masks} masks on {SLOTS} slots, {seconds / 60:.3g} minutes at {LOAD:.0%} of capacity, float32; "
-        "hot: the 8 masks most asked for, cold: the less asked for half"
+        "hot: the 8 masks most asked for, cold: the less asked for half; "
+        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+        + (", real-time priority" if os.sched_getscheduler(0) == os.SCHED_RR else "")
     )
     command = f"make soak ARGS='--minutes {args.minutes:g}'" if args.minutes != 30 else "make soak"
     if args.quick:
