@@ -45,6 +45,11 @@ UNKNOWN = "unknown"
 JSONBody = Annotated[None, Depends(validate_json_request)]
 """After the turn in a route's parameters: who has no key is told so first."""
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+JSON_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}}
+    for status in ("4XX", "5XX")
+}
+"""For routes whose answers are text, which FastAPI would say of their errors, too."""
 
 
 MASK_PARAMETERS = {
@@ -213,7 +218,7 @@ def monitor(engine: Engine, metrics: Metrics) -> FastAPI:
 
 
 def _add_health(app: FastAPI, engine: Engine) -> None:
-    @app.get("/health", response_class=PlainTextResponse)
+    @app.get("/health", response_class=PlainTextResponse, responses=JSON_ERRORS)
     async def health() -> str:
         """200 while requests can be answered."""
         if not engine.healthy:
@@ -224,7 +229,7 @@ def _add_health(app: FastAPI, engine: Engine) -> None:
 def _add_metrics(
     app: FastAPI, engine: Engine, metrics: Metrics, dependencies: Sequence[params.Depends] = ()
 ) -> None:
-    @app.get("/metrics", response_class=PlainTextResponse, dependencies=dependencies)
+    @app.get("/metrics", response_class=PlainTextResponse, dependencies=dependencies, responses=JSON_ERRORS)
     async def show_metrics() -> Response:
         metrics.engine = await engine.stats()
         return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
