@@ -167,15 +167,11 @@ class Access:
                 self.waiting -= 1
 
 
-class Doorkeeper:
-    """ASGI middleware: it refuses unread who has no key, and what computes where no more is taken.
+class FullHouse:
+    """ASGI middleware: where no more requests are taken, those that compute are refused unread, whoever asks.
 
-    To read and check ten requests that are then refused would take the time of the one that is answered, and
-    strangers' bodies are nothing to keep.
+    To read and check ten requests that are then refused would take the time of the one that is answered.
     """
-
-    OPEN = frozenset({"/", "/health", "/openapi.json", "/metrics"})
-    """What needs no key, or looks at it by itself, and has no body."""
 
     def __init__(self, app: ASGIApp, access: Access, paths: Collection[str]) -> None:
         self.app = app
@@ -183,12 +179,31 @@ class Doorkeeper:
         self.paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in self.paths:
+            try:
+                self.access.check_room()
+            except Overloaded as error:
+                refusal = await handle(Request(scope), error)
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class Doorkeeper:
+    """ASGI middleware: who has no key is refused unread, as strangers' bodies are nothing to keep."""
+
+    OPEN = frozenset({"/", "/health", "/openapi.json", "/metrics"})
+    """What needs no key, or looks at it by itself, and has no body."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app = app
+        self.access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self.OPEN:
             try:
-                if scope["path"] in self.paths:
-                    self.access.check_room()
                 scope["caller"] = self.access.who(key_of(Request(scope)))
-            except (InvalidKey, Overloaded) as error:
+            except InvalidKey as error:
                 refusal = await handle(Request(scope), error)
                 await refusal(scope, receive, send)
                 return

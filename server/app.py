@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from server import admin, bounds, errors, page
-from server.access import Access, Caller, Doorkeeper, Look, Turn, User, UserTurn, use
+from server.access import Access, Caller, Doorkeeper, FullHouse, Look, Turn, User, UserTurn, use
 from server.engine.client import Engine, EngineGone
 from server.engine.openai import (
     ChatCompletionRequest,
@@ -197,10 +197,11 @@ async def create_app(
     if not settings.metrics_port:
         _add_metrics(app, engine, metrics, [] if settings.open_metrics else [Depends(Look())])
     app.state.access = access
-    computing = {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
     app.add_middleware(bounds.BodyLimit, most=settings.max_body_bytes)
-    app.add_middleware(Doorkeeper, access=access, paths=computing)
+    app.add_middleware(Doorkeeper, access=access)
     await engine.mount(app)  # vLLM's middleware, too: browsers ask without a key whether they may (CORS)
+    computing = {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
+    app.add_middleware(FullHouse, access=access, paths=computing)
     app.add_middleware(RequestLog, metrics=metrics, paths=computing)  # last, and so around all
     errors.register(app)
     for death in (EngineDeadError, EngineGone):

@@ -15,7 +15,7 @@ from running import KEYS, Server, bearer
 from test_api import metric
 
 from maskllm import cli
-from server.access import Access, BadKeys, Bucket, Caller, Doorkeeper, Key, admin, read_keys
+from server.access import Access, BadKeys, Bucket, Caller, Doorkeeper, FullHouse, Key, admin, read_keys
 from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited
 
 ASK = {"prompt": "The Secretary shall", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -252,10 +252,10 @@ async def unread():
     yield b""
 
 
-def ask_the_doorkeeper(app, access: Access, path: str, key: str = "", **content) -> httpx.Response:
+def ask_the_door(door, path: str, key: str = "", **content) -> httpx.Response:
     async def ask() -> httpx.Response:
-        door = httpx.ASGITransport(Doorkeeper(app, access, {"/v1/completions"}))
-        async with httpx.AsyncClient(transport=door, base_url="http://x", headers=bearer(key)) as http:
+        transport = httpx.ASGITransport(door)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=bearer(key)) as http:
             return await http.post(path, **content)
 
     return asyncio.run(ask())
@@ -265,12 +265,12 @@ def test_a_strangers_body_is_not_read():
     async def app(scope, receive, send) -> None:
         await Response(await Request(scope, receive).body())(scope, receive, send)
 
-    access = Access([key()], max_waiting=1)
+    door = Doorkeeper(app, Access([key()], max_waiting=1))
     for path in ("/v1/aliases/law", "/v1/nothing"):
-        assert ask_the_doorkeeper(app, access, path, "other", content=unread()).status_code == 401
-    refused = ask_the_doorkeeper(app, access, "/v1/completions", "other", content=unread())
+        assert ask_the_door(door, path, "other", content=unread()).status_code == 401
+    refused = ask_the_door(door, "/v1/completions", "other", content=unread())
     assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
-    assert ask_the_doorkeeper(app, access, "/v1/completions", "secret", content=b"hi").text == "hi"
+    assert ask_the_door(door, "/v1/completions", "secret", content=b"hi").text == "hi"
 
 
 def test_where_no_more_is_taken_a_request_that_computes_is_refused_unread_and_others_pass():
@@ -281,7 +281,7 @@ def test_where_no_more_is_taken_a_request_that_computes_is_refused_unread_and_ot
         await Response()(scope, receive, send)
 
     def ask(path: str, **content) -> httpx.Response:
-        return ask_the_doorkeeper(app, access, path, **content)
+        return ask_the_door(FullHouse(app, access, {"/v1/completions"}), path, **content)
 
     with access.turn(access.who(None)):
         refused = ask("/v1/completions", content=unread())
