@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +16,7 @@ from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited, handle
+from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited, ServerError, handle
 from server.logs import CURRENT
 
 Clock = Callable[[], float]
@@ -38,6 +38,8 @@ class Key(BaseModel, extra="forbid", frozen=True):
     concurrency: PositiveInt | None = None
 
 
+OPEN = frozenset({"/", "/health", "/openapi.json", "/metrics"})
+"""Paths that need no key, or look at it by themselves, and take no body."""
 ANYONE = Key(id="anyone", sha256="0" * 64, role="use")
 """Who asks a server that has no keys."""
 
@@ -150,6 +152,11 @@ class Access:
             raise InvalidKey("this API key is not one of the server's")
         return found[0]
 
+    def recognise(self, scope: Scope) -> None:
+        """Enter a request's caller on its scope. Raises InvalidKey."""
+        if scope["path"] not in OPEN:
+            scope["caller"] = self.who(key_of(Request(scope)))
+
     def check_room(self) -> None:
         """Raise Overloaded where no more requests are taken."""
         if self.waiting >= self.max_waiting:
@@ -167,43 +174,22 @@ class Access:
                 self.waiting -= 1
 
 
-class FullHouse:
-    """ASGI middleware: where no more requests are taken, those that compute are refused unread, whoever asks.
+class Gate:
+    """ASGI middleware: what `check` raises for a request is its answer, and its body stays unread.
 
-    To read and check ten requests that are then refused would take the time of the one that is answered.
+    To read and check ten requests that are then refused would take the time of the one that is answered, and
+    strangers' bodies are nothing to keep.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, check: Callable[[Scope], None]) -> None:
         self.app = app
-        self.access = access
-        self.paths = paths
+        self.check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in self.paths:
+        if scope["type"] == "http":
             try:
-                self.access.check_room()
-            except Overloaded as error:
-                refusal = await handle(Request(scope), error)
-                await refusal(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-class Doorkeeper:
-    """ASGI middleware: who has no key is refused unread, as strangers' bodies are nothing to keep."""
-
-    OPEN = frozenset({"/", "/health", "/openapi.json", "/metrics"})
-    """What needs no key, or looks at it by itself, and has no body."""
-
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self.app = app
-        self.access = access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in self.OPEN:
-            try:
-                scope["caller"] = self.access.who(key_of(Request(scope)))
-            except InvalidKey as error:
+                self.check(scope)
+            except ServerError as error:
                 refusal = await handle(Request(scope), error)
                 await refusal(scope, receive, send)
                 return

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from server import admin, bounds, errors, page
-from server.access import Access, Caller, Doorkeeper, FullHouse, Look, Turn, User, UserTurn, use
+from server.access import Access, Caller, Gate, Look, Turn, User, UserTurn, use
 from server.engine.client import Engine, EngineGone
 from server.engine.openai import (
     ChatCompletionRequest,
@@ -198,10 +198,10 @@ async def create_app(
         _add_metrics(app, engine, metrics, [] if settings.open_metrics else [Depends(Look())])
     app.state.access = access
     app.add_middleware(bounds.BodyLimit, most=settings.max_body_bytes)
-    app.add_middleware(Doorkeeper, access=access)
+    app.add_middleware(Gate, check=access.recognise)
     await engine.mount(app)  # vLLM's middleware, too: browsers ask without a key whether they may (CORS)
     computing = {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
-    app.add_middleware(FullHouse, access=access, paths=computing)
+    app.add_middleware(Gate, check=lambda scope: access.check_room() if scope["path"] in computing else None)
     app.add_middleware(RequestLog, metrics=metrics, paths=computing)  # last, and so around all
     errors.register(app)
     for death in (EngineDeadError, EngineGone):

@@ -26,21 +26,21 @@ LARGE = 1 << 18
 
 @dataclass(frozen=True)
 class Costs:
-    """What 64 weights cost, in ns, with all threads, as in cpu/api.cpp; by default one thread's of Zen 4."""
+    """What 64 weights cost, in ns, with all threads, as in cpu/api.cpp, which has one thread's of Zen 4."""
 
-    slot: float = 3.2
+    slot: float
     """Of a slot, to read it at least."""
-    slot_row: float = 0.55
+    slot_row: float
     """Of a slot for each of its rows."""
-    once: float = 7
+    once: float
     """Of the dense weight read once for several masks, at least."""
-    fixed: float = 8
+    fixed: float
     """The same before any row,"""
-    once_row: float = 0.45
+    once_row: float
     """for each row,"""
-    once_mask: float = 1
+    once_mask: float
     """and for each mask."""
-    dense_rows: float = 32
+    dense_rows: float
     """More dense rows than this are torch's."""
 
 
@@ -82,8 +82,15 @@ def force_form(form: int) -> None:
     _library().maskllm_force_form(form)
 
 
+def costs() -> Costs:
+    """What the choices between two ways of doing the same go by."""
+    numbers = (ctypes.c_double * len(fields(Costs)))()
+    _library().maskllm_get_costs(numbers)
+    return Costs(*numbers)
+
+
 def set_costs(costs: Costs) -> None:
-    """What the choices between two ways of doing the same go by from now on."""
+    """Go by these from now on."""
     _library().maskllm_set_costs((ctypes.c_double * len(fields(costs)))(*astuple(costs)))
 
 
@@ -128,10 +135,8 @@ def calibrate() -> Costs | None:
         return 64e9 * min(passes) / sum(weight.numel() for weight in weights)
 
     def ours(form: int, rows: list[int]) -> float:
-        x, row_slots = (
-            torch.ones(len(rows), inputs, dtype=torch.bfloat16),
-            torch.tensor(rows, dtype=torch.int32),
-        )
+        x = torch.ones(len(rows), inputs, dtype=torch.bfloat16)
+        row_slots = torch.tensor(rows, dtype=torch.int32)
         force_form(form)
         try:
             return cost(lambda weight, each: linear(x, weight, each, row_slots, None))
@@ -144,7 +149,7 @@ def calibrate() -> Costs | None:
 
     two, all_ = ours(1, [0] * 8 + [1] * 8), ours(1, list(range(masks)))
     once_row, once_mask = max(0.0, two - ours(1, [0] * 4 + [1] * 4)) / 8, max(0.0, all_ - two) / (masks - 2)
-    costs = Costs(
+    measured = Costs(
         slot=ours(0, [0]),
         slot_row=ours(0, [0] * 16) / 16,
         once=ours(1, [0, 1]),
@@ -153,11 +158,11 @@ def calibrate() -> Costs | None:
         once_mask=once_mask,
         dense_rows=64,
     )
-    set_costs(costs)  # all of these dense rows are ours now
+    set_costs(measured)  # all of these dense rows are ours now
     faster = list(takewhile(lambda rows: ours(-1, [DENSE] * rows) <= torchs(rows), (4, 8, 16, 32, 64)))
-    costs = replace(costs, dense_rows=max(faster, default=0))
-    set_costs(costs)
-    return costs
+    measured = replace(measured, dense_rows=max(faster, default=0))
+    set_costs(measured)
+    return measured
 
 
 def advise(memory: Tensor) -> None:
@@ -295,6 +300,7 @@ def _library() -> Any:
         "use": (None, [text]),
         "force_form": (None, [integer]),
         "dense_rows": (integer, []),
+        "get_costs": (None, [pointer]),
         "set_costs": (None, [pointer]),
         "reads_once": (ctypes.c_bool, [pointer, long]),
         "read": (long, [pointer, long, integer]),

@@ -15,7 +15,7 @@ from running import KEYS, Server, bearer
 from test_api import metric
 
 from maskllm import cli
-from server.access import Access, BadKeys, Bucket, Caller, Doorkeeper, FullHouse, Key, admin, read_keys
+from server.access import Access, BadKeys, Bucket, Caller, Gate, Key, admin, read_keys
 from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited
 
 ASK = {"prompt": "The Secretary shall", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -265,7 +265,7 @@ def test_a_strangers_body_is_not_read():
     async def app(scope, receive, send) -> None:
         await Response(await Request(scope, receive).body())(scope, receive, send)
 
-    door = Doorkeeper(app, Access([key()], max_waiting=1))
+    door = Gate(app, Access([key()], max_waiting=1).recognise)
     for path in ("/v1/aliases/law", "/v1/nothing"):
         assert ask_the_door(door, path, "other", content=unread()).status_code == 401
     refused = ask_the_door(door, "/v1/completions", "other", content=unread())
@@ -280,8 +280,12 @@ def test_where_no_more_is_taken_a_request_that_computes_is_refused_unread_and_ot
         reached.append(scope["path"])
         await Response()(scope, receive, send)
 
+    def check(scope) -> None:
+        if scope["path"] == "/v1/completions":
+            access.check_room()
+
     def ask(path: str, **content) -> httpx.Response:
-        return ask_the_door(FullHouse(app, access, {"/v1/completions"}), path, **content)
+        return ask_the_door(Gate(app, check), path, **content)
 
     with access.turn(access.who(None)):
         refused = ask("/v1/completions", content=unread())

@@ -17,13 +17,18 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
 import openai
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from running import BASE, MASKS, ROOT, SLOTS, Server, serving
@@ -322,11 +327,22 @@ def test_told_to_stop_while_another_engine_starts_it_does_not_wait_for_that(tmp_
         assert "init engine (" not in server.log.read_text().partition("starting another")[2]  # its end
 
 
+def sign_for_this_machine(key: Path, certificate: Path) -> None:
+    """A key and a certificate of it for 127.0.0.1, by itself and for a day."""
+    secret, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(secret.public_key())
+    made = made.not_valid_before(now).not_valid_after(now + timedelta(days=1))
+    made = made.serial_number(x509.random_serial_number()).add_extension(address, critical=False)
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    key.write_bytes(secret.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    certificate.write_bytes(made.sign(secret, hashes.SHA256()).public_bytes(pem))
+
+
 def test_with_a_certificate_it_speaks_tls_and_nothing_else(tmp_path: Path):
     key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate]
-    make += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run(make, check=True, capture_output=True)
+    sign_for_this_machine(key, certificate)
     command = [sys.executable, "-m", "server", "--model", BASE, "--masks", MASKS, "--port", str(port)]
     command += ["--ssl-keyfile", key, "--ssl-certfile", certificate, "--enforce-eager"]
     known = ssl.create_default_context(cafile=certificate)

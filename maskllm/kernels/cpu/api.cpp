@@ -467,6 +467,7 @@ void maskllm_use(const char* name) {
 int maskllm_dense_rows() { return int(costs.dense_rows); }
 
 // As many numbers as `Costs` has, in its order.
+void maskllm_get_costs(double* present) { std::memcpy(present, &costs, sizeof costs); }
 void maskllm_set_costs(const double* measured) { std::memcpy(&costs, measured, sizeof costs); }
 
 // Whether a step of these rows would read the dense weight once, where it may.

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,26 +203,28 @@ def test_both_forms_of_many_masks_are_right(fast, form):  # noqa: ARG001
 
 @pytest.fixture
 def costs():
+    """The costs as they are, which are so again afterwards."""
     if not cpu.available():
         pytest.skip("the C++ kernels were not built")
-    yield cpu.set_costs
-    cpu.set_costs(cpu.Costs())
+    before = cpu.costs()
+    yield before
+    cpu.set_costs(before)
 
 
 def test_rows_with_several_masks_take_the_form_that_costs_less(costs):
-    def takes_once(masks: int) -> bool:
+    def takes_once(masks: int, **changed: float) -> bool:
+        nothing = {"slot": 0, "slot_row": 0, "once": 0, "fixed": 0, "once_row": 0, "once_mask": 0}
+        cpu.set_costs(replace(costs, **nothing | changed))
         return cpu.reads_once(torch.arange(16, dtype=torch.int32) % masks)
 
     # 16 rows of M masks: M slots at 10 apart, or 40 + 2 M for the dense weight once.
-    costs(cpu.Costs(slot=10, slot_row=0, once=0, fixed=40, once_row=0, once_mask=2))
-    assert [takes_once(masks) for masks in (4, 5, 6, 16)] == [False, False, True, True]
-    # At most 16 / M rows of 1 each, or 16.5 for all rows together: never; with fewer than 16 at 1 always.
-    costs(cpu.Costs(slot=0, slot_row=1, once=0, fixed=0.5, once_row=1, once_mask=0))
-    assert not any(takes_once(masks) for masks in range(2, 17))
-    costs(cpu.Costs(slot=0, slot_row=1, once=0, fixed=-0.5, once_row=1, once_mask=0))
-    assert [takes_once(masks) for masks in (1, 2, 16)] == [False, True, True]
-    costs(cpu.Costs(slot=0, slot_row=1, once=17, fixed=-0.5, once_row=1, once_mask=0))
-    assert not takes_once(2)
+    slots = {"slot": 10, "fixed": 40, "once_mask": 2}
+    assert [takes_once(masks, **slots) for masks in (4, 5, 6, 16)] == [False, False, True, True]
+    # 16 rows at 1 each apart; once as many and half a row more, or half a row less, or at least 17.
+    rows = {"slot_row": 1, "once_row": 1}
+    assert not any(takes_once(masks, **rows, fixed=0.5) for masks in range(2, 17))
+    assert [takes_once(masks, **rows, fixed=-0.5) for masks in (1, 2, 16)] == [False, True, True]
+    assert not takes_once(2, **rows, fixed=-0.5, once=17)
 
 
 def test_without_kernels_it_is_said_why(monkeypatch):
@@ -229,9 +232,10 @@ def test_without_kernels_it_is_said_why(monkeypatch):
     assert chosen()["cpu"].startswith("reference: the C++ kernels were not built")
 
 
-def test_costs_are_measured_where_there_is_a_choice(costs):  # noqa: ARG001
+def test_costs_are_measured_where_there_is_a_choice(costs):
     measured = cpu.calibrate()
     assert (measured is not None) == (cpu.using() == "avx512-bf16")
+    assert cpu.costs() == (measured or costs)
     if measured:
         assert measured.slot > 0
         assert 0 < measured.slot_row < measured.once  # a row is less than reading all weights
