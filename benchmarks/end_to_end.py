@@ -52,6 +52,7 @@ class Contender:
     bytes_a_weight: float
     mask_dtype: str = ""
     """Of ours; plain vLLM has none."""
+    head_dtype: str = "auto"
 
     @property
     def ours(self) -> bool:
@@ -63,6 +64,8 @@ CONTENDERS = {
     "plain fp32": Contender("float32", 4),
     "bf16 slots": Contender("bfloat16", 9 / 8, "bfloat16"),
     "int8 slots": Contender("bfloat16", 5 / 8, "int8"),
+    "bf16 slots, int8 head": Contender("bfloat16", 9 / 8, "bfloat16", "int8"),
+    "int8 slots and head": Contender("bfloat16", 5 / 8, "int8", "int8"),
 }
 
 
@@ -138,8 +141,9 @@ def table(
                 yield Row(f"{case} | {name}, least", least, "x")
                 yield Row(f"{case} | {name}, most", most, "x")
     for name in names:
-        head = VOCABULARY * HIDDEN * (2 if CONTENDERS[name].dtype == "bfloat16" else 4)
-        read = weights * CONTENDERS[name].bytes_a_weight + head
+        of = CONTENDERS[name]
+        head = VOCABULARY * HIDDEN * (1 if of.head_dtype == "int8" else 2 if of.dtype == "bfloat16" else 4)
+        read = weights * of.bytes_a_weight + head
         yield Row(f"ceiling of a decode step | {name}, ms", round(read / gb_s / 1e6, 2), "ms")
 
 
@@ -309,6 +313,7 @@ async def ours(contender: Contender, folder: Path) -> AsyncIterator[tuple[Any, l
         port=port,
         slots=MASKS,
         mask_dtype=contender.mask_dtype,
+        head_dtype=contender.head_dtype,
         engine=options,
     )
     metrics = Metrics()

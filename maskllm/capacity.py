@@ -51,18 +51,24 @@ class Capacity:
 
 
 def measure(
-    folder: Path, dtype: torch.dtype | None = None, int8: bool = False, kv: int = 1 << 30, ranks: int = 1
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    int8: bool = False,
+    kv: int = 1 << 30,
+    ranks: int = 1,
+    int8_head: bool = False,
 ) -> Capacity:
     """Capacity of a checkpoint on this machine's CPU, without reading its weights.
 
-    `dtype` is the one that the base is computed in, None the checkpoint's own. Among `ranks` processes base
+    `dtype` is the one that the base is computed in, None the checkpoint's own; `int8` that of slots, and
+    `int8_head` adds the copy of the head to the base. Among `ranks` processes base
     and masks are divided (what each has of norms, and copies of key and value heads, are not counted), and
     each has a KV cache of `kv` bytes.
     """
-    base, shapes = _base(folder, dtype)
+    base, shapes, head = _base(folder, dtype)
     slot_dtype = torch.int8 if int8 else torch.bfloat16
     return Capacity(
-        base=base,
+        base=base + (cpu.quantized_bytes(*head) if int8_head else 0),
         slot=sum(cpu.slot_bytes(rows, columns, slot_dtype) for rows, columns in shapes),
         packed=sum(rows * row_bytes(columns // 4) for rows, columns in shapes),
         kv=kv * ranks,
@@ -78,20 +84,21 @@ def measure_gpu(
 
     What a step's own tensors take is not counted.
     """
-    base, shapes = _base(folder, dtype)
+    base, shapes, _ = _base(folder, dtype)
     slot = sum(gpu.slot_bytes(rows, columns) for rows, columns in shapes)
     return Capacity(base // ranks, slot // ranks, packed=0, kv=kv, free=free, programs=0)
 
 
-def _base(folder: Path, dtype: torch.dtype | None) -> tuple[int, list[tuple[int, int]]]:
-    """Bytes of a checkpoint's weights, and the shapes of those that a mask covers."""
+def _base(folder: Path, dtype: torch.dtype | None) -> tuple[int, list[tuple[int, int]], tuple[int, int]]:
+    """Bytes of a checkpoint's weights, the shapes of those that a mask covers, and of the head."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)  # type: ignore[no-untyped-call]
     shapes = [(layer.out_features, layer.in_features) for layer in maskable(model).values()]
-    return sum(parameter.nbytes for parameter in model.parameters()), shapes
+    head = model.get_output_embeddings()
+    return sum(parameter.nbytes for parameter in model.parameters()), shapes, tuple(head.weight.shape)
 
 
 def free_bytes() -> int:

@@ -229,6 +229,8 @@ class Inspect(Command):
     """With --capacity: the server's slots."""
     mask_dtype: Literal["bfloat16", "int8"] = "bfloat16"
     """With --capacity: how slots hold kept weights."""
+    head_dtype: Literal["auto", "int8"] = "auto"
+    """With --capacity: the server's --head-dtype."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -247,7 +249,8 @@ class Inspect(Command):
             from maskllm.capacity import measure
             from maskllm.core.base import find
 
-            fits = measure(find(self.capacity), int8=self.mask_dtype == "int8")
+            int8, int8_head = self.mask_dtype == "int8", self.head_dtype == "int8"
+            fits = measure(find(self.capacity), int8=int8, int8_head=int8_head)
             most = {"most slots": fits.most_slots(), "most packed masks": fits.most_packed(self.slots)}
             _report({**most, "sum": fits.sum(self.slots, self.slots), **asdict(fits)}, self.as_json)
         elif self.file:

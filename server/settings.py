@@ -63,6 +63,10 @@ class Settings(
     """How a resident mask holds its kept weights. auto: bfloat16 where that is exact, else without kernels.
     int8: smaller and faster, and rounds masked weights and their inputs to 8 bits."""
 
+    head_dtype: Literal["auto", "int8"] = "auto"
+    """How the output layer, which no mask covers, is multiplied. auto: as it is. int8: by a copy of it in
+    8 bits, which is faster and rounds logits; on CPU."""
+
     lenient: CliImplicitFlag[bool] = False
     """Ignore a request's unknown fields and read "1" as 1, as vLLM does; they are refused otherwise."""
 
@@ -77,7 +81,7 @@ class Settings(
     """Most answers to one prompt (n)."""
 
     max_prompts: Annotated[int, Field(ge=1, le=1024)] = 128
-    """Most prompts in one request."""
+    """Most answers in one request, prompts times n."""
 
     max_completion_tokens: PositiveInt | None = None
     """Most tokens that an answer may be asked for; without it, what the model's context leaves."""

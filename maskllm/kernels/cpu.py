@@ -20,6 +20,7 @@ from torch.nn import functional
 from maskllm.kernels import DENSE
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+INT8_DENSE = 3
 LARGE = 1 << 18
 """Below this many weights a second thread costs more than it does."""
 
@@ -192,9 +193,13 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     slots = torch.empty(count, size // dtype.itemsize, dtype=dtype)
     advise(slots)
     if dtype == torch.int8:
-        scales = weight.where(weight.isfinite(), 0).abs().amax(1).float() / 127
-        slots[:, : 4 * len(scales)].copy_(scales.view(torch.int8))
+        _write_scales(slots, weight)
     return slots
+
+
+def _write_scales(slots: Tensor, weight: Tensor) -> None:
+    scales = weight.where(weight.isfinite(), 0).abs().amax(1).float() / 127
+    slots[:, : 4 * len(scales)].copy_(scales.view(torch.int8))
 
 
 def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
@@ -214,11 +219,18 @@ def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     )
 
 
-def linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    row_slots: Tensor,
+    bias: Tensor | None,
+    slot_type: int | None = None,
+) -> Tensor:
     """The operator; see `masked_linear`. Dense rows that torch does better are torch's."""
     if x.dtype not in TYPES:  # float16
         offset = bias.float() if bias is not None else None
-        return linear(x.float(), weight, slots, row_slots, offset).to(x.dtype)
+        return linear(x.float(), weight, slots, row_slots, offset, slot_type).to(x.dtype)
     _contiguous(weight)
     x = x if x.stride(-1) == 1 else x.contiguous()
     if row_slots.dtype != torch.int32 or not row_slots.is_contiguous():
@@ -237,7 +249,7 @@ def linear(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Te
         slots.data_ptr(),
         slots.shape[0],
         slots.stride(0) * slots.itemsize,
-        TYPES[slots.dtype],
+        TYPES[slots.dtype] if slot_type is None else slot_type,
         *weight.shape,
         None if offset is None else offset.data_ptr(),
         out.data_ptr(),
@@ -257,6 +269,37 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (rows, in) times the weight (out, in) itself: our kernel for a few rows of bfloat16, else torch's."""
     rows = torch.full((x.shape[0],), DENSE, dtype=torch.int32)
     return linear(x, weight, torch.empty(0, 0, dtype=torch.bfloat16), rows, bias)
+
+
+def quantized_bytes(rows: int, columns: int) -> int:
+    """Bytes of a whole weight (rows, columns) as `quantize` writes it."""
+    return int(_library().maskllm_slot_bytes(rows, columns, INT8_DENSE))
+
+
+def quantize(weight: Tensor) -> Tensor:
+    """A weight (out, in), float32 or bfloat16, in 8 bits for `dense_int8`, with the scales of int8 slots."""
+    _contiguous(weight)
+    quantized = torch.empty(1, quantized_bytes(*weight.shape), dtype=torch.int8)
+    advise(quantized)
+    _write_scales(quantized, weight)
+    _library().maskllm_quantize(
+        quantized.data_ptr(),
+        weight.data_ptr(),
+        TYPES[weight.dtype],
+        weight.stride(0),
+        *weight.shape,
+        _threads(weight),
+    )
+    return quantized
+
+
+def dense_int8(x: Tensor, weight: Tensor, quantized: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (rows, in) times a weight (out, in), of which only what `quantize` made of it is read.
+
+    Each row of x is rounded to 8 bits by its largest, as under int8 slots.
+    """
+    rows = torch.zeros(x.shape[0], dtype=torch.int32)
+    return linear(x, weight, quantized, rows, bias, slot_type=INT8_DENSE)
 
 
 def register_layer() -> bool:
@@ -309,6 +352,7 @@ def _library() -> Any:
         "register_layer": (ctypes.c_bool, [text, long]),
         "begin_step": (None, [pointer, long]),
         "fill": (None, [pointer, integer, pointer, integer, long, pointer, long, long, integer]),
+        "quantize": (None, [pointer, pointer, integer, long, long, long, integer]),
         "multiply": (
             long,
             [

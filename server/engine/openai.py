@@ -1,9 +1,12 @@
 """vLLM's OpenAI handlers and request types, with the field that we add and those of OpenAI's it lacks."""
 
+import json
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, Literal, Self
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from vllm.entrypoints.launchers.utils.server_utils import lifespan
@@ -30,6 +33,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as vllm_version
 
+from server.errors import EngineDown, ServerError, body
+from server.logs import CURRENT
+
 __all__ = [
     "ChatCompletionRequest",
     "ChatCompletionResponse",
@@ -46,6 +52,7 @@ __all__ = [
     "health_router",
     "lifespan",
     "status_of",
+    "streamed_error",
     "text_of_tokens",
     "tokens_of_text",
     "validate_json_request",
@@ -60,6 +67,8 @@ class Masked(BaseModel):
 
     mask: str | None = None
     """Mask to answer with, "none" for the dense base."""
+    use_beam_search: Literal[False] = False
+    """Each beam would be charged and counted as a request at each of its steps."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -93,8 +102,25 @@ class ChatCompletionRequest(Masked, VLLMChatRequest):
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status that vLLM's handlers give an error."""
+    """The HTTP status that a client gets for an error, ours or vLLM's."""
+    match error:
+        case ServerError():
+            return error.status
+        case RequestValidationError():
+            return 400
+        case EngineDeadError():
+            return EngineDown.status
     return int(create_error_response(error).error.code)
+
+
+def streamed_error(
+    message: str | Exception, err_type: str = "", status_code: int = 400, param: str | None = None
+) -> str:
+    """vLLM's `create_streaming_error_response` in OpenAI's shape; the request counts as failed, too."""
+    error = create_error_response(message, err_type, HTTPStatus(status_code), param).error
+    if entry := CURRENT.get():
+        entry.fail(error.code)
+    return json.dumps(body(error.code, error.message, error.param))
 
 
 async def answer(request: CompletionRequest | ChatCompletionRequest, raw_request: Request) -> Response:

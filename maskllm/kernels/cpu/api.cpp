@@ -86,10 +86,13 @@ struct Shape {
 };
 
 // A slot: scales where it is int8, mask bits, values.
-size_t chunk(int type) { return type == INT8 ? 2 * CHUNK : CHUNK; }
-size_t value_bytes(int type) { return type == INT8 ? INT8_BYTES : BF16_BYTES; }
-size_t masks_at(const Shape& s, int type) { return type == INT8 ? ceil_div(s.quads * ROWS * 4, 64) * 64 : 0; }
-size_t values_at(const Shape& s, int type) { return masks_at(s, type) + s.quads * s.blocks * MASK_BYTES; }
+bool is_int8(int type) { return type != BF16; }
+size_t chunk(int type) { return is_int8(type) ? 2 * CHUNK : CHUNK; }
+size_t value_bytes(int type) { return type == BF16 ? BF16_BYTES : type == INT8 ? INT8_BYTES : INT8_DENSE_BYTES; }
+size_t masks_at(const Shape& s, int type) { return is_int8(type) ? ceil_div(s.quads * ROWS * 4, 64) * 64 : 0; }
+size_t values_at(const Shape& s, int type) {
+    return masks_at(s, type) + (type == INT8_DENSE ? 0 : s.quads * s.blocks * MASK_BYTES);
+}
 size_t slot_bytes(const Shape& s, int type) { return values_at(s, type) + s.quads * s.blocks * value_bytes(type); }
 
 // Which block of a slot it is.
@@ -221,7 +224,7 @@ struct Batch {
 
     Form form(const Part& part) const {
         if (part.slot < 0) return NATURAL_BF16;
-        if (slot_type == INT8) return LANES_INT8;
+        if (is_int8(slot_type)) return LANES_INT8;
         return x_type == BF16 && kernels->sparse_bf16 ? LANES_BF16 : LANES_F32;
     }
     const uint8_t* masks(int slot, size_t q, size_t block) const {
@@ -257,11 +260,11 @@ void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t blo
 void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, float* sums) {
     const Form form = batch.form(*panel.part);
     if (form == NATURAL_BF16) return multiply_dense(batch, panel, q, block, blocks, sums);
-    const uint8_t* masks = batch.masks(panel.part->slot, q, block);
+    const uint8_t* masks = batch.slot_type == INT8_DENSE ? nullptr : batch.masks(panel.part->slot, q, block);
     const uint8_t* values = batch.values(panel.part->slot, q, block);
     const uint8_t* inputs = panel.data + block * COLUMNS * panel.inputs * element_bytes(form);
     if (form == LANES_INT8)
-        kernels->sparse_int8(masks, values, blocks, inputs, panel.inputs, (int32_t*)sums);
+        kernels->int8(masks, values, blocks, inputs, panel.inputs, (int32_t*)sums);
     else if (form == LANES_BF16)
         kernels->sparse_bf16(masks, values, blocks, (const uint16_t*)inputs, panel.inputs, sums);
     else
@@ -555,6 +558,27 @@ void maskllm_fill(uint8_t* slot, int slot_type, const void* weight, int weight_t
         _mm_sfence();
 #endif
     }
+}
+
+// Write all weights (outs, columns) into an INT8_DENSE slot, which has its scales already.
+void maskllm_quantize(uint8_t* slot, const void* weight, int weight_type, long weight_stride, long outs, long columns,
+                      int threads) {
+    const Shape s(outs, columns);
+    uint8_t* values = slot + values_at(s, INT8_DENSE);
+#pragma omp parallel for num_threads(threads)
+    for (size_t q = 0; q < s.quads; q++)
+        for (size_t b = 0; b < s.blocks; b++) {
+            int8_t* block = (int8_t*)values + place(s, INT8_DENSE, q, b) * INT8_DENSE_BYTES;
+            for (size_t r = 0; r < ROWS; r++)
+                for (size_t c = 0; c < COLUMNS; c++) {
+                    const size_t n = q * ROWS + r, column = b * COLUMNS + c, at = n * weight_stride + column;
+                    float value = 0;
+                    if (n < s.outs && column < s.columns)
+                        value = weight_type == F32 ? ((const float*)weight)[at] : to_float(((const uint16_t*)weight)[at]);
+                    const float steps = value ? value / ((const float*)slot)[n] : 0;
+                    block[c / 4 % 8 * 64 + (c / 32 * 4 + r) * 4 + c % 4] = int8_t(std::lrintf(std::clamp(steps, -127.f, 127.f)));
+                }
+        }
 }
 
 // Whether `maskllm_multiply` leaves none of these rows.

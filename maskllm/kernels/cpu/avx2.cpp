@@ -53,6 +53,7 @@ struct Avx2 {
         return _mm256_add_epi8(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)),
                                _mm256_set1_epi32(half ? 0x0c0c0808 : 0x04040000));
     }
+    static I same_dword(int at) { return _mm256_set1_epi32(0x03020100 + 0x04040404 * at); }
     static void add_rows(I sum, int32_t* out) {
         __m128i rows = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
         _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm_loadu_si128((__m128i*)out), rows));
@@ -106,7 +107,7 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* avx2() {
-    static const Kernels kernels = {"avx2", Avx2::TILE, sparse_f32<Avx2>, nullptr,  sparse_int8<Avx2>,
+    static const Kernels kernels = {"avx2", Avx2::TILE, sparse_f32<Avx2>, nullptr,  int8<Avx2>,
                                     false,  nullptr,    fill_bf16,        fill_int8};
     return &kernels;
 }

@@ -54,6 +54,7 @@ struct Avx512 {
         I high = _mm512_permutexvar_epi32(_mm512_srli_epi32(mask, shift + 4), _mm512_slli_epi32(table(8 * half + 4), 16));
         return _mm512_or_si512(low, high);
     }
+    static I same_dword(int at) { return _mm512_set1_epi32(0x03020100 + 0x04040404 * at); }
     static I minus_128(I sum, I weights) { return _mm512_sub_epi32(sum, _mm512_slli_epi32(weights, 7)); }
     static void add_rows(I sum, int32_t* out) {
         __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti32x8_epi32(sum, 1));
@@ -257,13 +258,13 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* avx512() {
-    static const Kernels kernels = {"avx512", Avx512::TILE, sparse_f32<Avx512>, nullptr,  sparse_int8<Avx512>,
+    static const Kernels kernels = {"avx512", Avx512::TILE, sparse_f32<Avx512>, nullptr,  int8<Avx512>,
                                     true,     nullptr,      fill_bf16,          fill_int8};
     return &kernels;
 }
 
 const Kernels* avx512_bf16() {
-    static const Kernels kernels = {"avx512-bf16", Avx512::TILE, sparse_f32<Avx512>, sparse_bf16, sparse_int8<Avx512>,
+    static const Kernels kernels = {"avx512-bf16", Avx512::TILE, sparse_f32<Avx512>, sparse_bf16, int8<Avx512>,
                                     true,          dense_bf16,   fill_bf16,          fill_int8};
     return &kernels;
 }

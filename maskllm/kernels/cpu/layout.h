@@ -17,6 +17,9 @@
 //
 // An int8 slot starts with the scale of each row (fp32), of the dense row's largest weight: no mask changes it.
 // Columns are padded to whole blocks and rows to whole quads, with values of zero.
+//
+// Where all weights are kept as int8 there is no mask, and a block has 8 vectors: dword 4 l + r of vector j holds row r's
+// columns 32 l + 4 j to 32 l + 4 j + 3.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -24,10 +27,10 @@
 
 namespace maskllm {
 
-enum Type : int { F32 = 0, BF16 = 1, INT8 = 2 };  // cpu.py's TYPES
+enum Type : int { F32 = 0, BF16 = 1, INT8 = 2, INT8_DENSE = 3 };  // cpu.py's TYPES, and INT8_DENSE
 
 constexpr size_t ROWS = 4, COLUMNS = 128, CHUNK = 4, MASK_BYTES = 64;
-constexpr size_t BF16_BYTES = 512, INT8_BYTES = 256;  // the values of a block
+constexpr size_t BF16_BYTES = 512, INT8_BYTES = 256, INT8_DENSE_BYTES = 512;  // the values of a block
 constexpr size_t PREFETCH = 2304;  // bytes ahead: worth 1.3x out of cache
 
 // The nibble of a group -> its two kept columns. The low three bits tell the six patterns apart.
@@ -56,8 +59,8 @@ struct Kernels {
     int tile;
     void (*sparse_f32)(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, int inputs, float* out);
     void (*sparse_bf16)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint16_t* panel, int inputs, float* out);
-    // Sums of products of integers. Inputs are signed, or unsigned with zero at 128.
-    void (*sparse_int8)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out);
+    // Sums of products of integers, of all columns where `masks` is null. Inputs are signed, or unsigned with zero at 128.
+    void (*int8)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out);
     bool int8_is_unsigned;
     // Four rows of the dense weight and a panel of 1, 2 or 4 inputs in natural order; masks[input] has the mask bits
     // of an input in the first chunk, where it has a mask: the form that reads the weight once for many masks.

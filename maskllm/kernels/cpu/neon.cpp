@@ -55,13 +55,14 @@ struct Neon {
         const uint8x16_t at = vbslq_u8(odd, look_up(SECOND, first), look_up(FIRST, first));
         return vaddq_u8(at, vreinterpretq_u8_u32(vdupq_n_u32(half ? 0x0c0c0808 : 0x04040000)));
     }
+    static uint8x16_t same_dword(int at) { return vreinterpretq_u8_u32(vdupq_n_u32(0x03020100 + 0x04040404 * at)); }
     static void add_rows(I sum, int32_t* out) { vst1q_s32(out, vaddq_s32(vld1q_s32(out), sum)); }
 };
 
 }  // namespace
 
 const Kernels* neon() {
-    static const Kernels kernels = {"neon", Neon::TILE, sparse_f32<Neon>,      nullptr,              sparse_int8<Neon>,
+    static const Kernels kernels = {"neon", Neon::TILE, sparse_f32<Neon>,      nullptr,              int8<Neon>,
                                     false,  nullptr,    portable()->fill_bf16, portable()->fill_int8};
     return &kernels;
 }

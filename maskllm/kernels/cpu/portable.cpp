@@ -30,17 +30,19 @@ void sparse_f32(const uint8_t* masks, const uint8_t* values, size_t blocks, cons
     }
 }
 
-void sparse_int8(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out) {
+void int8(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out) {
     for (int t = 0; t < inputs; t++) {
         int32_t sum[4] = {};
         for (size_t b = 0; b < blocks; b++) {
+            const int8_t *lanes = (const int8_t*)panel + b * COLUMNS * inputs, *dense = (const int8_t*)values + b * INT8_DENSE_BYTES;
+            for (int i = 0; !masks && i < 8 * 64; i++)  // dword 4 l + r of vector j
+                sum[i / 4 % 4] += dense[i] * lanes[64 * (i / 64 / 4 * inputs + t) + i / 16 % 4 * 16 + i / 64 % 4 * 4 + i % 4];
             const uint8_t* mask = masks + b * MASK_BYTES;
             const int8_t* kept = (const int8_t*)values + b * INT8_BYTES;
-            for (int j = 0; j < 4; j++)
+            for (int j = 0; masks && j < 4; j++)
                 for (int e = 0; e < 16; e++) {
                     const int8_t* four = kept + 64 * j + 4 * e;
-                    const int8_t* eight = (const int8_t*)panel + b * COLUMNS * inputs + 64 * (j / 2 * inputs + t) +
-                                          e / 4 * 16 + 8 * (j % 2);
+                    const int8_t* eight = lanes + 64 * (j / 2 * inputs + t) + e / 4 * 16 + 8 * (j % 2);
                     const int low = dword(mask + 4 * e) >> 8 * j & 7, high = dword(mask + 4 * e) >> (8 * j + 4) & 7;
                     sum[e % 4] += four[0] * eight[FIRST[low]] + four[1] * eight[SECOND[low]] +
                                   four[2] * eight[4 + FIRST[high]] + four[3] * eight[4 + SECOND[high]];
@@ -76,7 +78,7 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* portable() {
-    static const Kernels kernels = {"portable", 8,       sparse_f32, nullptr,  sparse_int8,
+    static const Kernels kernels = {"portable", 8,       sparse_f32, nullptr,  int8,
                                     false,      nullptr, fill_bf16,  fill_int8};
     return &kernels;
 }

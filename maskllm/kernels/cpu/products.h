@@ -16,7 +16,7 @@ namespace maskllm {
 #endif
 
 static inline void prefetch(const uint8_t* masks, const uint8_t* values, size_t bytes) {
-    __builtin_prefetch(masks + PREFETCH / 8);
+    if (masks) __builtin_prefetch(masks + PREFETCH / 8);
     for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + PREFETCH + line);
 }
 
@@ -76,33 +76,44 @@ void sparse_f32(const uint8_t* masks, const uint8_t* values, size_t blocks, cons
 }
 
 // One quad with T inputs of int8. Where inputs are unsigned with zero at 128, 128 times the weights comes off.
-template <class V, int T>
-inline void sparse_int8_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel,
+template <class V, int T, bool MASKED>
+inline void int8_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel,
                              int32_t* out) {
-    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T >= 8 ? 1 : 2;
+    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T >= 8 ? 1 : 2, VECTORS = MASKED ? 2 : 4;
+    constexpr size_t BYTES = MASKED ? INT8_BYTES : INT8_DENSE_BYTES;
     typename V::I sum[SUMS][T], weights = V::zero_int();
 #pragma GCC unroll 2
     for (auto& sums : sum)
 #pragma GCC unroll 16
         for (auto& s : sums) s = V::zero_int();
-    for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += INT8_BYTES, panel += T * COLUMNS) {
-        prefetch(masks, values, INT8_BYTES);
+    for (size_t b = 0; b < blocks; b++, values += BYTES, panel += T * COLUMNS) {
+        prefetch(MASKED ? masks : nullptr, values, BYTES);
         typename V::I mask[PARTS];
-        for (int p = 0; p < PARTS; p++) mask[p] = V::load(masks + 4 * W * p);
+        for (int p = 0; MASKED && p < PARTS; p++) mask[p] = V::load(masks + b * MASK_BYTES + 4 * W * p);
 #pragma GCC unroll 2
-        for (int jj = 0; jj < 2; jj++)  // two vectors share 16 bytes of inputs in each lane
+        for (int jj = 0; jj < 2; jj++)  // these vectors share 16 bytes of inputs in each lane
 #pragma GCC unroll 4
             for (int p = 0; p < PARTS; p++) {
-                const uint8_t* at = values + 128 * jj + 4 * W * p;
-                const auto kept0 = V::load(at), kept1 = V::load(at + 64);
-                const auto where0 = V::select_bytes(mask[p], 16 * jj, 0), where1 = V::select_bytes(mask[p], 16 * jj + 8, 1);
-                if constexpr (V::UNSIGNED) weights = V::dot(V::dot(weights, V::ones(), kept0), V::ones(), kept1);
+                typename V::I kept[VECTORS];
+                decltype(V::same_dword(0)) where[VECTORS];
+#pragma GCC unroll 4
+                for (int k = 0; k < VECTORS; k++) {
+                    kept[k] = V::load(values + 64 * (VECTORS * jj + k) + 4 * W * p);
+                    if constexpr (MASKED)
+                        where[k] = V::select_bytes(mask[p], 16 * jj + 8 * k, k);
+                    else
+                        where[k] = V::same_dword(k);
+                    if constexpr (V::UNSIGNED) weights = V::dot(weights, V::ones(), kept[k]);
+                }
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     auto inputs = V::load(panel + 64 * (jj * T + t) + 4 * W * p);
                     HOLD(inputs);
-                    sum[0][t] = V::dot(sum[0][t], V::permute_bytes(inputs, where0), kept0);
-                    sum[SUMS - 1][t] = V::dot(sum[SUMS - 1][t], V::permute_bytes(inputs, where1), kept1);
+#pragma GCC unroll 4
+                    for (int k = 0; k < VECTORS; k++) {
+                        auto& s = sum[k % SUMS][t];
+                        s = V::dot(s, V::permute_bytes(inputs, where[k]), kept[k]);
+                    }
                 }
             }
     }
@@ -114,15 +125,20 @@ inline void sparse_int8_tile(const uint8_t* masks, const uint8_t* values, size_t
     add_rows<V>(sum[0], out);
 }
 
-template <class V>
-void sparse_int8(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out) {
+template <class V, bool MASKED>
+void int8_panel(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out) {
     switch (inputs) {
-        case 1: return sparse_int8_tile<V, 1>(masks, values, blocks, panel, out);
-        case 2: return sparse_int8_tile<V, 2>(masks, values, blocks, panel, out);
-        case 4: return sparse_int8_tile<V, 4>(masks, values, blocks, panel, out);
-        case 8: return sparse_int8_tile<V, V::TILE < 8 ? V::TILE : 8>(masks, values, blocks, panel, out);
-        default: return sparse_int8_tile<V, V::TILE>(masks, values, blocks, panel, out);
+        case 1: return int8_tile<V, 1, MASKED>(masks, values, blocks, panel, out);
+        case 2: return int8_tile<V, 2, MASKED>(masks, values, blocks, panel, out);
+        case 4: return int8_tile<V, 4, MASKED>(masks, values, blocks, panel, out);
+        case 8: return int8_tile<V, V::TILE < 8 ? V::TILE : 8, MASKED>(masks, values, blocks, panel, out);
+        default: return int8_tile<V, V::TILE, MASKED>(masks, values, blocks, panel, out);
     }
+}
+
+template <class V>
+void int8(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out) {
+    (masks ? int8_panel<V, true> : int8_panel<V, false>)(masks, values, blocks, panel, inputs, out);
 }
 
 }  // namespace maskllm

@@ -277,6 +277,26 @@ def test_int8_is_exact_where_weights_and_inputs_are_whole_numbers_up_to_127(fast
     torch.testing.assert_close(out, x @ torch.where(mask, weight, 0).T, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("outs", "columns", "rows"), [(8, 256, 5), (7, 140, 33), (1, 4, 1), (130, 2048, 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_whole_weight_in_8_bits_is_exact_where_all_is_whole_numbers(fast, dtype, outs, columns, rows):  # noqa: ARG001
+    torch.manual_seed(0)
+    weight, x = (torch.randint(-127, 128, (n, columns)).float() for n in (outs, rows))
+    weight[:, 0], x[:, 0] = 127, -127
+    bias = torch.arange(outs).float()
+    assert backend(torch.device("cpu")) is cpu
+    out = cpu.dense_int8(x, weight, cpu.quantize(weight.to(dtype)), bias)
+    torch.testing.assert_close(out, x @ weight.T + bias, rtol=1e-6, atol=0)
+
+
+def test_a_whole_weight_in_8_bits_saturates_what_is_not_finite(fast):  # noqa: ARG001
+    """Its scale is that of the largest finite weight, 2, as an int8 slot's is."""
+    weight = torch.tensor([[1.0, -2.0, torch.inf, -torch.inf]])
+    assert backend(torch.device("cpu")) is cpu
+    out = cpu.dense_int8(torch.eye(4), weight, cpu.quantize(weight))
+    torch.testing.assert_close(out[:, 0], torch.tensor([1.0, -2, 2, -2]), rtol=1e-2, atol=0)
+
+
 def test_a_row_that_is_not_finite_answers_nan_under_int8_and_no_other_row_does(fast):  # noqa: ARG001
     weight = torch.ones(4, 4)
     slots = masked(weight, [torch.tensor([FIRST_TWO] * 4)], torch.int8)
@@ -316,6 +336,7 @@ def test_a_slot_takes_nine_bits_a_weight_as_bfloat16_and_five_as_int8(fast):  # 
     weight = torch.zeros(256, 1024, dtype=torch.bfloat16)
     assert allocate(weight, 3, torch.bfloat16).nbytes * 8 == 3 * 9 * 256 * 1024
     assert allocate(weight, 3, torch.int8).nbytes * 8 == 3 * (5 * 256 * 1024 + 32 * 256)
+    assert cpu.quantize(weight).nbytes == cpu.quantized_bytes(256, 1024) == 256 * 1024 + 4 * 256
 
 
 def test_a_backend_that_is_not_there_is_refused_by_name(monkeypatch):
