@@ -3,13 +3,15 @@
 import asyncio
 import hashlib
 import tempfile
-from collections.abc import AsyncIterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterable, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import IO
 
 import fsspec
+from aiohttp import ClientTimeout, request
 
 from server.errors import RefusedMask, TooLarge, UnreachableSource, UnwritableFolder
 from server.names import PARTIAL
@@ -17,8 +19,8 @@ from server.names import PARTIAL
 SCHEMES = ("hf", "https", "http", "s3", "gs", "abfs")
 """What a URL may start with; none of them can name a file of this machine."""
 CHUNK = 1 << 20
-FETCHES = ThreadPoolExecutor(4, "fetch")
-"""Not asyncio's own: a slow source would keep everything else that waits for a thread."""
+PATIENCE = ClientTimeout(sock_connect=10, sock_read=30)
+"""Seconds for a web server to take a connection, and between two reads; a large file may take longer."""
 
 
 @contextmanager
@@ -49,7 +51,7 @@ class Landing:
         self._size = 0
 
     async def receive(self, body: AsyncIterable[bytes]) -> None:
-        """Take an upload. Raises TooLarge or UnwritableFolder."""
+        """Take what comes in. Raises TooLarge or UnwritableFolder."""
         async for chunk in body:
             await asyncio.to_thread(self._write, chunk)
         self._flush()
@@ -62,19 +64,26 @@ class Landing:
         scheme, colon, _ = url.partition("://")
         if not colon or scheme not in SCHEMES or "::" in url:
             raise UnreachableSource(f"url {url!r} must start with {', '.join(f'{s}://' for s in SCHEMES)}")
-        await asyncio.get_running_loop().run_in_executor(FETCHES, self._copy, url)
-        if self._sha.hexdigest() != sha256.lower():
-            raise RefusedMask(f"{url} has sha256 {self._sha.hexdigest()}, not {sha256}")
-
-    def _copy(self, url: str) -> None:
         try:
-            with fsspec.open(url, "rb") as source:
-                while chunk := source.read(CHUNK):
-                    self._write(chunk)
+            if scheme in ("http", "https"):
+                async with request("GET", url, timeout=PATIENCE, raise_for_status=True) as answer:
+                    await self.receive(answer.content.iter_chunked(CHUNK))
+            else:
+                await apart(lambda: self._copy(url))
         except (TooLarge, UnwritableFolder):
             raise
         except Exception as error:  # each protocol's library has errors of its own
             raise UnreachableSource(f"{url} cannot be read: {type(error).__name__}: {error}") from None
+        if self._sha.hexdigest() != sha256.lower():
+            raise RefusedMask(f"{url} has sha256 {self._sha.hexdigest()}, not {sha256}")
+
+    def _copy(self, url: str) -> None:
+        # A kept file system answers from what it once listed, and does not see what was pushed since.
+        files, path = fsspec.url_to_fs(url, skip_instance_cache=True)
+        # 0 is a stream. The hub's ranges would be held whole, whatever their size; other protocols have no 0.
+        with files.open(path, "rb", block_size=0 if url.startswith("hf://") else None) as source:
+            while chunk := source.read(CHUNK):
+                self._write(chunk)
         self._flush()
 
     def _write(self, chunk: bytes) -> None:
@@ -92,3 +101,20 @@ class Landing:
             self._file.flush()
         except OSError as error:
             raise UnwritableFolder(f"{error.strerror}: the masks folder cannot take the file") from None
+
+
+async def apart(work: Callable[[], None]) -> None:
+    """Do it in a thread that holds up neither other work nor the end of the process, as a pool's would."""
+    done = Future[None]()
+    done.set_running_or_notify_cancel()  # so that a wait which is cancelled leaves it alone
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    Thread(target=run, name="fetch", daemon=True).start()
+    await asyncio.wrap_future(done)
