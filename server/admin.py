@@ -1,5 +1,8 @@
 """The routes on masks themselves: what there is, and how it is added, replaced, pinned, named and removed."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -7,10 +10,10 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from maskllm.capacity import Capacity
 from server.access import ADMIN, Caller, User
-from server.errors import BadSource, RefusedMask, UnknownMask
+from server.errors import BadMaskName, BadSource, RefusedMask, UnknownMask
 from server.masks import SUFFIX, Mask, MaskCard, Masks
 from server.names import DENSE, Weights
-from server.sources import landing
+from server.sources import CHUNK, landing
 from server.strict import StrictRoute
 
 
@@ -18,7 +21,7 @@ class MaskSource(BaseModel, extra="forbid"):
     """Where `PUT /v1/masks/{name}` finds the mask."""
 
     file: str | None = None
-    """File under the masks folder (default: the mask's name with .safetensors)."""
+    """File under the masks folder, of which NAME.safetensors becomes a copy (default: that one as it is)."""
     url: str | None = None
     """hf://org/repo/file, https://..., s3://...; fetched into the folder, and goes with `sha256`."""
     sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None
@@ -110,25 +113,30 @@ def routes(masks: Masks, capacity: Capacity, gpu: Capacity | None) -> APIRouter:
         """Load a mask, or replace the one of that name, from an upload, a URL or a file of the folder.
 
         A body of `application/octet-stream` is the file itself; JSON says where it is; nothing means
-        NAME.safetensors in the folder.
+        NAME.safetensors in the folder, which becomes a copy of any other.
         """
         masks.check(name)
+        own = f"{name}{SUFFIX}"
         with masks.metrics.refused.count_exceptions(RefusedMask):
             if request.headers.get("content-type", "").startswith("application/octet-stream"):
                 request.state.max_body_bytes = masks.most_bytes
                 with landing(masks.folder, masks.most_bytes) as landed:
                     await landed.receive(request.stream())
-                    mask, new = await masks.put(name, landed.path, keep=True)
+                    mask, new = await masks.put(name, landed.path)
             else:
                 source = _source(await request.body())
                 if source.url and source.sha256:
                     with landing(masks.folder, masks.most_bytes) as landed:
                         await landed.fetch(source.url, source.sha256)
-                        mask, new = await masks.put(name, landed.path, keep=True)
+                        mask, new = await masks.put(name, landed.path)
                 elif source.url or source.sha256:
                     raise BadSource("a mask from a url needs both, `url` and `sha256`", "url")
+                elif (file := masks.path(source.file or own)) == masks.path(own):
+                    mask, new = await masks.put(name, file)
                 else:
-                    mask, new = await masks.put(name, masks.path(source.file or f"{name}{SUFFIX}"))
+                    with landing(masks.folder, masks.most_bytes) as landed:
+                        await landed.receive(_content(file))
+                        mask, new = await masks.put(name, landed.path, file.name)
         response.status_code = 201 if new else 200
         return await shown(mask, caller)
 
@@ -198,3 +206,18 @@ def _source(body: bytes) -> MaskSource:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise BadSource(f"{where}: {first['msg']}", where) from None
+
+
+async def _content(file: Path) -> AsyncIterator[bytes]:
+    """A file of the folder in chunks. Copied and not linked: who writes into it changes one mask, not two.
+
+    Raises BadMaskName where there is none, or RefusedMask where it cannot be read.
+    """
+    try:
+        with file.open("rb") as source:
+            while chunk := await asyncio.to_thread(source.read, CHUNK):
+                yield chunk
+    except FileNotFoundError:
+        raise BadMaskName(f"no file {file.name!r} in the masks folder") from None
+    except OSError as error:
+        raise RefusedMask(f"{file.name} cannot be read: {error.strerror}") from None

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -132,6 +132,23 @@ class Engine(Protocol):
         """What the worker holds; empty while there is none."""
 
 
+class Lock(asyncio.Lock):
+    """A lock that knows whether it is had at once."""
+
+    _wanted = 0
+
+    @property
+    def free(self) -> bool:
+        return not self._wanted and not self.locked()
+
+    async def acquire(self) -> Literal[True]:
+        self._wanted += 1
+        try:
+            return await super().acquire()
+        finally:
+            self._wanted -= 1
+
+
 class Masks:
     """The masks of one base by name."""
 
@@ -157,7 +174,8 @@ class Masks:
         self.metrics = metrics
         metrics.known = self.known
         metrics.refused_files.set_function(lambda: len(self.refused))
-        self.packed: dict[int, Mask] = {}
+        self.packed: OrderedDict[int, Mask] = OrderedDict()
+        """By number, the least recently used first."""
         self._lost: dict[int, Mask] = {}
         self.names = Names(self.folder / "masks.json", base_name, self.known, self.refused)
         if len(self.names.pinned) >= slots:
@@ -166,9 +184,11 @@ class Masks:
                 "be left for the others: start with more --slots, or take pins out of the file"
             )
         self._ids = count(1)
+        self._waiting: list[object] = []
+        self._drains: dict[int, asyncio.Task[None]] = {}
         self._loading = 0
         self._leaving = 0
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: defaultdict[str, Lock] = defaultdict(Lock)
 
     @property
     def most_bytes(self) -> int:
@@ -210,6 +230,8 @@ class Masks:
         mask.use.requests += 1
         mask.use.in_flight += 1
         mask.use.last_s = time.time()
+        if mask.id in self.packed:
+            self.packed.move_to_end(mask.id)
         try:
             with self.engine.using(mask):
                 yield
@@ -230,33 +252,43 @@ class Masks:
             await self._load(mask, end)
             return True
 
-    async def put(self, name: str, path: Path, keep: bool = False) -> tuple[Mask, bool]:
+    async def put(self, name: str, path: Path, called: str = "") -> tuple[Mask, bool]:
         """Register and load a mask from a file; returns it, and whether its name is new.
 
-        With `keep` the file becomes the mask's own in the folder. A mask of that name is replaced: requests
-        in flight finish on the old one, which is then freed. Raises BadMaskName, RefusedMask,
-        UnavailableMask, NoRoom or UnwritableFolder, and then changes nothing.
+        The file is NAME.safetensors, which is what the next start finds, or becomes it; errors say `called`
+        for its name. A mask of that name is replaced: requests in flight finish on the old one, which is then
+        freed. Raises BadMaskName, RefusedMask, UnavailableMask, NoRoom or UnwritableFolder, and then changes
+        nothing.
         """
         async with self._locks[name]:
-            mask = await asyncio.to_thread(self._read, name, path)
+            mask = await asyncio.to_thread(self._read, name, path, called)
+            own = self.folder / f"{name}{SUFFIX}"
+            moves = path.resolve() != own.resolve()
+            if moves:
+                await asyncio.to_thread(self._sync, path)
             old = self.known.get(name)
             if old is not None and old.mask_set.sha256 == mask.mask_set.sha256:
                 mask = replace(mask, id=old.id, use=old.use)
             retired = old if old is not None and old.id != mask.id else None
             # A pin passes to the new content: held by both, it would take a slot from the others.
-            held = retired if retired and retired.id in self.packed and name in self.names.pinned else None
+            was = self.packed.get(retired.id) if retired else None
+            held = was if name in self.names.pinned else None
             if held:
                 await self.engine.pin(held, False)
             try:
-                await self._load(mask)
-                if keep:
-                    mask = replace(mask, path=self._move(mask.path, f"{name}{SUFFIX}"))
+                await self._load(mask, retired=was)
+                self.check(name)  # an alias may have taken the name meanwhile
+                if moves:
+                    mask = replace(mask, path=self._move(mask.path, own))
             except BaseException:
                 if old is None or retired:
                     await self._unload(mask)
                 if old is None:
                     await self.engine.forget(name)
-                if held:
+                if was:  # it may have left its place to the new one
+                    with suppress(UnavailableMask, NoRoom):
+                        await self._load(was)
+                if held and held.id in self.packed:
                     await self.engine.pin(held, True)
                 raise
             self.known[name] = self.packed[mask.id] = mask
@@ -368,34 +400,50 @@ class Masks:
             scores=mask_set.scores,
         )
 
-    def _read(self, name: str, path: Path) -> Mask:
+    def _read(self, name: str, path: Path, called: str = "") -> Mask:
         """Check a file in full. Raises BadMaskName or RefusedMask."""
         self.check(name)
+        called = called or path.name
         try:
+            if (size := path.stat().st_size) > self.most_bytes:  # reading it could take all memory
+                raise RefusedMask(
+                    f"{called} has {size} bytes, and no mask of this base has more than {self.most_bytes}"
+                )
             mask_set = maskset.load(path, self.base)
         except FileNotFoundError:
-            raise BadMaskName(f"no file {path.name!r} in the masks folder") from None
+            raise BadMaskName(f"no file {called!r} in the masks folder") from None
         except MaskError as error:
-            raise RefusedMask(str(error)) from None
+            raise RefusedMask(str(error).replace(path.name, called)) from None
         except OSError as error:
-            raise RefusedMask(f"{path.name} cannot be read: {error.strerror}") from None
+            raise RefusedMask(f"{called} cannot be read: {error.strerror}") from None
         size = sum(packed.nbytes for packed in mask_set.packed.values())
         return Mask(name, path, next(self._ids), replace(mask_set, packed={}), size)
 
-    def _move(self, file: Path, name: str) -> Path:
+    def _sync(self, file: Path) -> None:
+        """Have a file on the disk, so that a power cut leaves no part of it under another name."""
+        try:
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        except OSError as error:
+            raise UnwritableFolder(f"{error.strerror}: the masks folder cannot take the file") from None
+
+    def _move(self, file: Path, own: Path) -> Path:
         """Give a file of the folder its name."""
         try:
-            return file.replace(self.folder / name)
+            return file.replace(own)
         except OSError as error:
             raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
 
-    async def _load(self, mask: Mask, end: float | None = None) -> None:
-        """Pack a mask, pinned if its name is, where it is not packed yet; wait for room until `end`."""
+    async def _load(self, mask: Mask, end: float | None = None, retired: Mask | None = None) -> None:
+        """Pack a mask, pinned if its name is, where it is not packed yet; wait for room until `end`.
+
+        `retired` is the content that it replaces, which may leave its place to it.
+        """
         if mask.id in self.packed:
             return
         failures = self.metrics.load_failures.labels(mask.name)
         with failures.count_exceptions((UnavailableMask, NoRoom)):
-            await self._make_room(end or time.monotonic() + ROOM_WAIT_S)
+            await self._make_room(end or time.monotonic() + ROOM_WAIT_S, retired)
             self._loading += 1
             try:
                 if refusal := await self.engine.load(mask):
@@ -409,31 +457,63 @@ class Masks:
         if mask.name in self.names.pinned:
             await self.engine.pin(mask, True)
 
-    async def _make_room(self, end: float) -> None:
-        """Where the limit is reached, free the least recently used mask that is idle and not pinned.
+    async def _make_room(self, end: float, retired: Mask | None) -> None:
+        """Wait for a place in host memory; places go to those who wait in the order in which they came.
 
-        Where none is, wait for one until `end`: an answer takes seconds, and its mask is free afterwards.
+        Where the limit is reached, the least recently used mask that is not pinned leaves: an idle one at
+        once, else one in use, as soon as the requests that it has are answered. Raises NoRoom at `end`.
         """
-        while len(self.packed) + self._loading + self._leaving >= self.limit:
-            others = [mask for mask in self.packed.values() if mask.name not in self.names.pinned]
-            idle = [
-                mask
-                for mask in others
-                if not self.engine.in_flight(mask) and not self._locks[mask.name].locked()
-            ]
-            if not idle and (others or self._loading or self._leaving) and time.monotonic() < end:
-                await asyncio.sleep(ROOM_POLL_S)
-                continue
-            if not idle:
-                raise NoRoom(
-                    f"all {self.limit} masks that host memory may hold are in use: try again, or start with "
-                    "more --packed"
-                )
-            oldest = min(idle, key=lambda mask: mask.use.last_s or 0)
-            async with self._locks[oldest.name]:
-                # Who waited for the lock before may use it now, or have pinned it.
-                if not self.engine.in_flight(oldest) and oldest.name not in self.names.pinned:
-                    await self._unload(oldest)
+        me = object()
+        self._waiting.append(me)
+        try:
+            while self._taken() + (ahead := self._waiting.index(me)) >= self.limit:
+                others = [m for m in self.packed.values() if m is retired or m.name not in self.names.pinned]
+                free = [m for m in others if m is retired or self._locks[m.name].free]
+                idle = next((m for m in free if not self.engine.in_flight(m)), None)
+                busy = next((m for m in free if m is not retired and m.id not in self._drains), None)
+                if idle and idle is retired:  # whose lock is held for the one that waits here
+                    await self._unload(idle)
+                elif idle:
+                    async with self._locks[idle.name]:  # at once: who has it may wait for this one's place
+                        await self._unload(idle)
+                elif not (others or self._loading or self._leaving or ahead) or time.monotonic() >= end:
+                    raise NoRoom(
+                        f"all {self.limit} masks that host memory may hold are in use: try again, or start "
+                        "with more --packed"
+                    )
+                elif busy and len(self._drains) < len(self._waiting):
+                    self._drains[busy.id] = asyncio.create_task(self._drain(busy))
+                else:
+                    await asyncio.sleep(ROOM_POLL_S)
+            if self._drains and len(self._drains) >= len(self._waiting):
+                self._drains.popitem()[1].cancel()  # the place was another's
+        finally:
+            self._waiting.remove(me)
+
+    def _taken(self) -> int:
+        """How many places in host memory are taken, by masks that come or go, too."""
+        return len(self.packed) + self._loading + self._leaving
+
+    async def _drain(self, mask: Mask) -> None:
+        """Free a mask once its requests in flight are answered; new ones wait for their turn meanwhile.
+
+        Cancelled, it stays. Who waits for its place may give up: the drain goes on, so that the next attempt
+        finds the place even where answers take longer than a request waits.
+        """
+        async with self._locks[mask.name]:
+            leaves = mask.id in self.packed and mask.name not in self.names.pinned
+            if leaves:
+                del self.packed[mask.id]
+                self._leaving += 1
+                try:
+                    while self.engine.in_flight(mask):
+                        await asyncio.sleep(ROOM_POLL_S)
+                finally:
+                    self._leaving -= 1
+                    self.packed[mask.id] = mask
+            del self._drains[mask.id]  # too late to be cancelled
+            if leaves:
+                await self._unload(mask)
 
     async def _unload(self, mask: Mask) -> None:
         if self.packed.pop(mask.id, None):

@@ -1,5 +1,6 @@
 """What a request's name means: a mask, the dense base, or an alias that stands for some of them."""
 
+import os
 import random
 import re
 import tempfile
@@ -160,6 +161,8 @@ class Names:
 
     def _meant(self, name: str, may_use: Callable[[str], bool]) -> "dict[Mask | None, float]":
         weights = self.aliases.get(name, {name: 1.0})
+        if name in self.aliases and not all(t in (DENSE, *self.known) or may_use(t) for t in weights):
+            raise UnknownMask(f"alias {name!r} stands for a mask that is missing")
         return {
             None if each == DENSE else self.mask(each, may_use): weight for each, weight in weights.items()
         }
@@ -171,6 +174,8 @@ class Names:
             try:
                 with out:
                     out.write(state.model_dump_json(indent=2) + "\n")
+                    out.flush()
+                    os.fsync(out.fileno())  # a power cut must not leave an empty file under this name
                 Path(out.name).replace(self.file)
             except OSError:
                 Path(out.name).unlink()

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prometheus_client import CollectorRegistry
 from running import MASKS, Server, random_mask
+from test_masks import Engine
 
 from maskllm.core.base import Base
+from server.masks import Masks
+from server.metrics import Metrics
 
 ASK = {"prompt": "The Secretary shall", "max_tokens": 4, "temperature": 0}
 BINARY = {"content-type": "application/octet-stream"}
@@ -38,6 +42,76 @@ def test_an_upload_is_a_mask_at_once_and_a_file_of_the_folder(api, server: Serve
     assert answer.json()["choices"] == legal.json()["choices"]
     assert answer.headers["X-Mask"] == f"law@v1@{made.json()['sha256'][:12]}"
     assert api.delete("/v1/masks/law@v1").status_code == 204
+
+
+def at_the_next_start(server: Server, base: Base) -> Masks:
+    """What another start would find in the masks folder."""
+    found = Masks(server.masks, "base", base, Engine(), server.slots, 3, Metrics(CollectorRegistry()))
+    found.scan()
+    return found
+
+
+def test_a_mask_put_from_anothers_file_has_its_content_at_the_next_start_and_whatever_becomes_of_that_file(
+    api, server: Server, base: Base
+):
+    one, two = ((MASKS / f"{name}.safetensors").read_bytes() for name in ("legal", "medical"))
+    assert api.put("/v1/masks/vat@v1", content=one, headers=BINARY).status_code == 201
+    assert api.put("/v1/masks/vat@v2", json={"file": "vat@v1.safetensors"}).status_code == 201
+    assert api.put("/v1/masks/vat@v1", content=two, headers=BINARY).status_code == 200
+    with (server.masks / "vat@v1.safetensors").open("r+b") as file:
+        file.write(b"damaged")
+    assert (server.masks / "vat@v2.safetensors").read_bytes() == one
+    assert state(api, "vat@v2")["file"] == "vat@v2.safetensors"
+
+    assert api.put("/v1/masks/vat@v1", json={"file": "medical.safetensors"}).status_code == 200
+    assert api.put("/v1/masks/vat@v1", json={"file": "vat@v1.safetensors"}).status_code == 200  # its own
+    assert api.put("/v1/aliases/vat", json={"masks": {"vat@v1": 90, "vat@v2": 10}}).status_code == 201
+    again = at_the_next_start(server, base)
+    assert {again.names.resolve(None, query="vat").name for _ in range(200)} == {"vat@v1", "vat@v2"}
+    assert again.known["vat@v1"].mask_set.sha256 == hashlib.sha256(two).hexdigest()
+    assert again.known["vat@v2"].mask_set.sha256 == hashlib.sha256(one).hexdigest()
+    assert api.delete("/v1/aliases/vat").status_code == 204
+    for name in ("vat@v1", "vat@v2"):
+        assert api.delete(f"/v1/masks/{name}").status_code == 204
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "message"),
+    [
+        ("gone", 400, "no file 'gone.safetensors' in the masks folder"),
+        ("foreign", 400, "foreign.safetensors was made for base 000000000000"),
+        ("folder", 400, "folder.safetensors cannot be read: Is a directory"),
+        ("huge", 413, "the file is larger than"),
+    ],
+)
+def test_a_file_that_is_no_mask_leaves_the_previous_version_of_every_name_and_no_file(
+    api, server: Server, file: str, status: int, message: str
+):
+    (server.masks / "folder.safetensors").mkdir(exist_ok=True)
+    with (server.masks / "huge.safetensors").open("wb") as huge:
+        huge.truncate(1 << 30)
+    assert api.put("/v1/masks/kept", json={"file": "legal.safetensors"}).status_code in (200, 201)
+    before = state(api, "kept")
+    files = sorted(server.masks.iterdir())
+    refused = api.put("/v1/masks/kept", json={"file": f"{file}.safetensors"})
+    assert refused.status_code == status
+    assert message in refused.json()["error"]["message"]
+    assert state(api, "kept") == before
+    assert sorted(server.masks.iterdir()) == files
+    (server.masks / "folder.safetensors").rmdir()
+    (server.masks / "huge.safetensors").unlink()
+
+
+def test_a_file_that_cannot_have_the_masks_name_is_a_507_and_no_mask(api, server: Server):
+    own = server.masks / "stuck.safetensors"
+    own.mkdir()
+    files = sorted(server.masks.iterdir())
+    refused = api.put("/v1/masks/stuck", json={"file": "legal.safetensors"})
+    assert refused.status_code == 507
+    assert "the masks folder cannot be written" in refused.json()["error"]["message"]
+    assert state(api, "stuck")["error"]["code"] == 404
+    assert sorted(server.masks.iterdir()) == files
+    own.rmdir()
 
 
 @pytest.mark.parametrize("damage", ["cut off", "garbage", "another base", "too large"])

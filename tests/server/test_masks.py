@@ -2,9 +2,13 @@
 does not fail on demand; what a real one does is in test_lifecycle.py and test_faults.py."""
 
 import asyncio
+import os
+import shutil
 import time
+import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from running import BASE, MASKS
 
 from maskllm.core.base import read_base
-from server.errors import NoRoom, UnavailableMask, UnknownMask
+from server.errors import BadMaskName, NoRoom, UnavailableMask, UnknownMask, UnwritableFolder
 from server.masks import ROOM_WAIT_S, Mask, Masks
 from server.metrics import Metrics
 from server.names import BadState
@@ -30,6 +34,7 @@ class Engine:
         self.pinned: set[int] = set()
         self.most_pinned = 0
         self.busy: set[int] = set()
+        self.users: Counter[int] = Counter()
         self.refuse = ""
         self.fail = False
 
@@ -42,7 +47,7 @@ class Engine:
         return self.refuse
 
     async def unload(self, mask: Mask) -> None:
-        while mask.id in self.busy:
+        while self.in_flight(mask):
             await asyncio.sleep(0.001)
         self.held.discard(mask.id)
         self.pinned.discard(mask.id)
@@ -55,11 +60,14 @@ class Engine:
         pass
 
     @contextmanager
-    def using(self, _: Mask) -> Iterator[None]:
+    def using(self, mask: Mask) -> Iterator[None]:
+        assert mask.id in self.held
+        self.users[mask.id] += 1
         yield
+        self.users[mask.id] -= 1
 
     def in_flight(self, mask: Mask) -> int:
-        return mask.id in self.busy
+        return self.users[mask.id] + (mask.id in self.busy)
 
     async def stats(self) -> dict:
         return {}
@@ -75,8 +83,13 @@ def masks(tmp_path: Path) -> Masks:
     return made
 
 
+def landed(masks: Masks, file: str) -> Path:
+    """A copy of a mask's file as an upload leaves it."""
+    return shutil.copy(masks.folder / f"{file}.safetensors", masks.folder / "upload.partial")
+
+
 def put(masks: Masks, name: str, file: str) -> tuple[Mask, bool]:
-    return asyncio.run(masks.put(name, masks.folder / f"{file}.safetensors"))
+    return asyncio.run(masks.put(name, landed(masks, file)))
 
 
 def test_a_republished_pin_is_held_by_one_content_at_a_time(masks: Masks):
@@ -132,7 +145,7 @@ def test_a_version_that_still_answers_takes_a_place_in_host_memory(
     masks.engine.busy = {old.id}
 
     async def republish() -> None:
-        putting = asyncio.create_task(masks.put("legal", masks.folder / "medical.safetensors"))
+        putting = asyncio.create_task(masks.put("legal", landed(masks, "medical")))
         while old.id in masks.packed:
             await asyncio.sleep(0.001)
         masks.engine.busy.add(masks.known["legal"].id)
@@ -202,7 +215,7 @@ def test_pins_at_the_same_time_leave_a_slot_to_the_others(masks: Masks):
 
 def test_a_pin_that_waited_while_its_mask_was_replaced_holds_nothing(masks: Masks):
     async def both() -> list[object]:
-        new = masks.put("legal", masks.folder / "medical.safetensors")
+        new = masks.put("legal", landed(masks, "medical"))
         return await asyncio.gather(new, masks.pin("legal", True), return_exceptions=True)
 
     assert isinstance(asyncio.run(both())[1], UnknownMask)
@@ -284,3 +297,211 @@ def test_a_load_that_fails_gives_its_place_back(masks: Masks):
     masks.engine.fail = False
     asyncio.run(masks.load("legal"))
     assert set(masks.packed) == {masks.known["legal"].id}
+
+
+def test_a_name_that_became_an_alias_while_its_mask_was_loading_is_no_mask(masks: Masks):
+    async def both() -> None:
+        putting = asyncio.create_task(masks.put("tax", landed(masks, "medical")))
+        while not masks.engine.held:
+            await asyncio.sleep(0)
+        masks.names.alias("tax", {"legal": 1})
+        with pytest.raises(BadMaskName, match="'tax' is an alias"):
+            await putting
+
+    masks.engine.load = slow = Slow(masks.engine.load)
+    asyncio.run(both())
+    assert slow.calls == 1
+    assert masks.names.resolve(None, query="tax") is masks.known["legal"]
+    assert "tax" not in masks.known
+    assert masks.engine.held == set()
+    assert not (masks.folder / "tax.safetensors").exists()
+
+
+class Slow:
+    """A call that takes a while after it has done its work."""
+
+    def __init__(self, call) -> None:
+        self.call = call
+        self.calls = 0
+
+    async def __call__(self, *args):
+        self.calls += 1
+        result = await self.call(*args)
+        await asyncio.sleep(0.05)
+        return result
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_mask_is_replaced_where_its_old_content_has_the_only_place(
+    masks: Masks, monkeypatch: pytest.MonkeyPatch, pinned: bool
+):
+    monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.1)
+    masks.limit = 1
+    asyncio.run(masks.pin("legal", True) if pinned else masks.load("legal"))
+    new, _ = put(masks, "legal", "medical")
+    assert masks.engine.held == set(masks.packed) == {new.id}
+    assert masks.engine.pinned == ({new.id} if pinned else set())
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_old_content_that_left_its_place_to_a_new_one_is_back_where_that_is_refused(
+    masks: Masks, pinned: bool
+):
+    masks.limit = 1
+    old = asyncio.run(masks.pin("legal", True) if pinned else masks.load("legal"))
+    new = landed(masks, "medical")
+    own = masks.folder / "legal.safetensors"
+    own.unlink()
+    own.mkdir()  # so that the new file cannot have its name
+    with pytest.raises(UnwritableFolder):
+        asyncio.run(masks.put("legal", new))
+    assert masks.known["legal"] is old
+    assert masks.engine.held == set(masks.packed) == {old.id}
+    assert masks.engine.pinned == ({old.id} if pinned else set())
+
+
+def test_a_mask_that_was_just_loaded_is_not_the_first_to_leave(masks: Masks):
+    for name in ("medical", "code"):
+        with masks.using(asyncio.run(masks.load(name))):
+            pass
+    legal = asyncio.run(masks.load("legal"))
+    novels = asyncio.run(masks.load("novels"))
+    assert list(masks.packed.values()) == [masks.known["code"], legal, novels]
+
+
+def test_a_cold_mask_gets_its_turn_after_one_answer_and_so_does_the_one_that_left_for_it(masks: Masks):
+    """Three places, and four masks of which each always has a request in flight."""
+    answers = {name: ExitStack() for name in ("medical", "code", "novels", "legal")}
+
+    async def begin(name: str) -> None:
+        assert await masks.ready(masks.known[name])
+        answers[name].enter_context(masks.using(masks.known[name]))
+
+    async def turns() -> None:
+        for name in ("medical", "code", "novels"):
+            await begin(name)
+        cold = asyncio.create_task(begin("legal"))
+        await asyncio.sleep(0.05)
+        again = asyncio.create_task(begin("medical"))
+        await asyncio.wait_for(begin("novels"), 0.01)  # the others go on
+        await asyncio.sleep(0.05)
+        assert not cold.done()
+        assert not again.done()
+        answers["medical"].close()
+        await asyncio.wait_for(cold, 1)
+        assert not again.done()
+        answers["code"].close()  # the next that was used least recently
+        await asyncio.wait_for(again, 1)
+
+    asyncio.run(turns())
+    assert masks.packed.keys() == {masks.known[name].id for name in ("novels", "legal", "medical")}
+
+
+def test_those_who_wait_for_a_place_get_it_in_the_order_in_which_they_came(
+    masks: Masks, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("server.masks.ROOM_POLL_S", 0.1)
+    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
+    masks.engine.busy = {mask.id for mask in here}
+
+    async def use(name: str) -> None:
+        masks.engine.busy.add((await masks.load(name)).id)
+
+    async def two() -> None:
+        first = asyncio.create_task(use("legal"))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(use("general"))
+        await asyncio.sleep(0.075)  # so that `second` looks for a place next
+        masks.engine.busy.discard(here[2].id)
+        await asyncio.wait_for(first, 1)
+        await asyncio.sleep(0.2)
+        assert not second.done()
+        masks.engine.busy.discard(here[0].id)
+        await asyncio.wait_for(second, 1)
+
+    asyncio.run(two())
+
+
+def test_a_mask_in_use_stays_where_another_was_idle_before_it_could_leave(masks: Masks):
+    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
+    masks.engine.busy = {mask.id for mask in here}
+
+    async def both() -> None:
+        cold = asyncio.create_task(masks.load("legal"))
+        await asyncio.sleep(0.05)  # medical is to leave
+        masks.engine.busy.discard(here[1].id)
+        await asyncio.wait_for(cold, 1)
+        assert await asyncio.wait_for(masks.ready(here[0]), 0.1)
+
+    asyncio.run(both())
+    assert masks.engine.held == set(masks.packed) == {here[0].id, here[2].id, masks.known["legal"].id}
+
+
+def test_who_gave_up_waiting_finds_a_place_once_the_long_answers_have_ended(
+    masks: Masks, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.05)
+    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
+    masks.engine.busy = {mask.id for mask in here}
+
+    async def both() -> None:
+        for _ in range(3):
+            with pytest.raises(NoRoom, match="all 3 masks"):
+                await masks.load("legal")
+        # However often it asks, only one mask leaves for it.
+        assert await asyncio.wait_for(masks.ready(here[1]), 0.1)
+        masks.engine.busy.discard(here[0].id)
+        await masks.load("legal")
+
+    asyncio.run(both())
+
+
+def test_of_twice_as_many_masks_as_places_none_starves(masks: Masks, monkeypatch: pytest.MonkeyPatch):
+    """Two users for each of six masks on three places, each asking again as soon as it is answered.
+
+    A request waits for at most two answers: while its mask leaves, and while another leaves for it, as every
+    mask that waits has one leave. In that time each of another mask's two users can begin three.
+    """
+    monkeypatch.setattr("server.masks.ROOM_POLL_S", 0.001)
+    begun, most = Counter[str](), 0
+
+    async def ask(name: str) -> None:
+        nonlocal most
+        for _ in range(15):
+            before = begun.copy()
+            assert await masks.ready(masks.known[name])
+            with masks.using(masks.known[name]):
+                most = max(most, *(begun[other] - before[other] for other in masks.known if other != name))
+                begun[name] += 1
+                await asyncio.sleep(0.02)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(ask(name) for name in masks.known for _ in range(2)))
+
+    assert len(masks.known) == 2 * masks.limit
+    asyncio.run(all_of_them())
+    assert set(begun.values()) == {30}
+    assert most <= 6
+
+
+def test_a_file_that_is_larger_than_any_mask_is_refused_unread(masks: Masks):
+    huge = masks.folder / "checkpoint.safetensors"
+    huge.touch()
+    os.truncate(huge, 256 << 20)
+    tracemalloc.start()
+    try:
+        masks.scan()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "checkpoint.safetensors has 268435456 bytes" in masks.refused["checkpoint"]
+    assert peak < 64 << 20
+    assert "legal" in masks.known
+
+
+def test_an_upload_is_on_the_disk_before_it_has_its_name(masks: Masks, monkeypatch: pytest.MonkeyPatch):
+    on_disk: dict[int, int] = {}  # bytes by inode
+    monkeypatch.setattr(os, "fsync", lambda fd: on_disk.update({os.fstat(fd).st_ino: os.fstat(fd).st_size}))
+    put(masks, "legal", "medical")
+    own = (masks.folder / "legal.safetensors").stat()
+    assert on_disk == {own.st_ino: own.st_size}

@@ -1,6 +1,7 @@
 """What names mean, without an engine: masks, versions, aliases, and what a start keeps of the last."""
 
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -146,3 +147,21 @@ def test_who_may_use_one_mask_learns_no_other_names(names: Names):
         assert "legal@v1" in str(refused.value)
         assert "medical" not in str(refused.value)
         assert "secret" not in str(refused.value)
+
+
+def test_who_may_use_only_an_alias_does_not_learn_what_is_missing_behind_it(names: Names):
+    names.alias("law", {"medical": 1})
+    del names.known["medical"]
+    names.refused["medical"] = "it is cut off"
+    with pytest.raises(UnknownMask) as refused:
+        names.resolve(None, query="law", may_use="law".__eq__)
+    assert str(refused.value) == "alias 'law' stands for a mask that is missing"
+    with pytest.raises(UnknownMask, match=r"no mask 'medical'.*it is cut off"):
+        names.resolve(None, query="law")
+
+
+def test_what_is_kept_is_on_the_disk_before_it_has_its_name(names: Names, monkeypatch: pytest.MonkeyPatch):
+    on_disk: dict[int, int] = {}  # bytes by inode
+    monkeypatch.setattr(os, "fsync", lambda fd: on_disk.update({os.fstat(fd).st_ino: os.fstat(fd).st_size}))
+    names.alias("legal", {"legal@v1": 1})
+    assert on_disk == {names.file.stat().st_ino: names.file.stat().st_size}
