@@ -32,7 +32,7 @@ from server.engine.openai import (
     validate_json_request,
     vllm_version,
 )
-from server.errors import EngineDown, ErrorBody, ServerError
+from server.errors import ContradictingMasks, EngineDown, ErrorBody
 from server.logs import CURRENT, Entry, RequestLog
 from server.masks import Masks
 from server.metrics import Metrics
@@ -91,6 +91,11 @@ async def create_app(
     ) -> Response:
         """Check the request, resolve its mask, load it on first use, let vLLM answer, say which it was."""
         name, entry = UNKNOWN, CURRENT.get() or Entry("")
+
+        def count(status: int) -> None:
+            metrics.errors.labels(name, status).inc()
+
+        entry.count_error = count
         if settings.log_prompts:
             # As it came: of content in parts the model has iterators.
             sent = await raw_request.json()
@@ -99,9 +104,9 @@ async def create_app(
             await check(request, raw_request)
             bounds.check(request, settings)
             ways = {
-                "query": raw_request.query_params.get("mask"),
+                "query": _only("query", raw_request.query_params.getlist("mask")),
                 "body": request.mask,
-                "header": raw_request.headers.get("x-mask"),
+                "header": _only("header", raw_request.headers.getlist("x-mask")),
             }
             turn.caller.check(*masks.names.named(request.model, **ways).values())
             if not engine.up:
@@ -117,12 +122,11 @@ async def create_app(
             request.model = mask.key if mask else masks.base_name
             response = await answer(request, raw_request)
         except Exception as error:
-            status = error.status if isinstance(error, ServerError) else status_of(error)
-            metrics.errors.labels(name, status).inc()
+            count(status_of(error))
             raise
         if response is not None:  # None: the client has gone
             if response.status_code >= 400:
-                metrics.errors.labels(name, response.status_code).inc()
+                count(response.status_code)
             response.headers["X-Mask"] = mask.label if mask else DENSE
         return response
 
@@ -152,6 +156,8 @@ async def create_app(
         """Every mask has the base's tokenizer."""
         await check(request, raw_request)
         caller.check(*masks.names.named(request.model).values())
+        if not engine.healthy:  # vLLM closes its tokenizer's threads with it
+            raise EngineDown
         masks.names.resolve(request.model, may_use=caller.may_use)
         request.model = masks.base_name
 
@@ -199,14 +205,22 @@ async def create_app(
     app.state.access = access
     app.add_middleware(bounds.BodyLimit, most=settings.max_body_bytes)
     app.add_middleware(Gate, check=access.recognise)
-    await engine.mount(app)  # vLLM's middleware, too: browsers ask without a key whether they may (CORS)
     computing = {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
     app.add_middleware(Gate, check=lambda scope: access.check_room() if scope["path"] in computing else None)
+    await engine.mount(app)  # vLLM's middleware, too: browsers ask without a key whether they may (CORS)
     app.add_middleware(RequestLog, metrics=metrics, paths=computing)  # last, and so around all
     errors.register(app)
     for death in (EngineDeadError, EngineGone):
         app.add_exception_handler(death, errors.handle_death)
     return app
+
+
+def _only(way: str, names: list[str]) -> str | None:
+    """The name that one part of a request gives, however often. Raises ContradictingMasks for two."""
+    different = list(dict.fromkeys(names))
+    if len(different) > 1:
+        raise ContradictingMasks(f"the {way} names more than one mask: {', '.join(map(repr, different))}")
+    return different[0] if different else None
 
 
 def monitor(engine: Engine, metrics: Metrics) -> FastAPI:

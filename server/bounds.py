@@ -158,6 +158,7 @@ def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settin
     """Raise TooMuch where a request asks for more than the server gives to one."""
     prompt = getattr(request, "prompt", None)
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    n = request.n or 1
     asked = (
         ("n", request.n, settings.max_n, "answers to a prompt"),
         ("best_of", getattr(request, "best_of", None), settings.max_n, "answers to a prompt"),
@@ -168,7 +169,7 @@ def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settin
             settings.max_completion_tokens,
             "tokens of an answer",
         ),
-        ("prompt", prompts, settings.max_prompts, "prompts in a request"),
+        ("prompt", prompts * n, settings.max_prompts, f"answers ({prompts} prompts times n={n})"),
     )
     for param, value, most, what in asked:
         if isinstance(value, int) and most and value > most:

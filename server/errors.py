@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 TYPES = {
@@ -182,9 +183,10 @@ class Overloaded(ServerError):
     param = None
 
 
-def body(error: ServerError) -> dict[str, Any]:
+def body(status: int, message: str, param: str | None) -> dict[str, Any]:
     """OpenAI's error object."""
-    return _body(error.status, str(error), error.param)
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 async def handle_death(request: Request, _: Exception) -> JSONResponse:
@@ -207,6 +209,7 @@ def register(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ServerError, handle)
+    app.add_exception_handler(ClientDisconnect, _gone)
 
 
 def in_shape(response: Response) -> Response:
@@ -246,6 +249,11 @@ async def _invalid(_: Request, error: Exception) -> Response:
     return _response(400, "; ".join(told + more), faults[0][0] or None, {})
 
 
+async def _gone(_: Request, __: Exception) -> Response:
+    """The client left while it sent its body: nobody reads this, and the request log says 499."""
+    return Response(status_code=400)
+
+
 def _fault(fault: Any) -> tuple[str, str]:
     """Which field, without body or query before it and pydantic's branches within, and what is wrong."""
     if not isinstance(fault, dict):  # vLLM's, for a content type
@@ -254,13 +262,8 @@ def _fault(fault: Any) -> tuple[str, str]:
     return ".".join(field), fault["msg"].removeprefix("Value error, ")
 
 
-def _body(status: int, message: str, param: str | None) -> dict[str, Any]:
-    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
-
-
 def _response(status: int, message: str, param: str | None, headers: Mapping[str, str]) -> JSONResponse:
     kept = {name: value for name, value in headers.items() if not name.startswith("content-")}
     if status in (429, 503) and not {"retry-after", "Retry-After"} & headers.keys():
         kept["Retry-After"] = str(RETRY_AFTER_S)
-    return JSONResponse(_body(status, message, param), status, kept)
+    return JSONResponse(body(status, message, param), status, kept)

@@ -41,6 +41,7 @@ class Entry:
     e2e_s: float = 0.0
     prompt: Any = None
     charge: Callable[[int], None] = field(default=lambda _: None, repr=False)
+    count_error: Callable[[int], None] = field(default=lambda _: None, repr=False)
     parts: int = 0
     """How many of its parts are under way: the exchange itself, and each prompt in the engine."""
     write: Callable[["Entry"], None] = field(default=lambda _: None, repr=False)
@@ -55,6 +56,11 @@ class Entry:
             self.parts -= 1
             if not self.parts:
                 self.write(self)
+
+    def fail(self, status: int) -> None:
+        """The answer has failed in its midst: its headers said 200, and this is what it came to."""
+        self.status = status
+        self.count_error(status)
 
     def finish(self, part: Finished) -> None:
         """Add what the engine did for one prompt of the request."""

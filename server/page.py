@@ -8,7 +8,7 @@ import math
 import re
 import time
 from base64 import b64encode
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -58,7 +58,8 @@ def routes(engine: Engine, masks: Masks, metrics: Metrics, access: Access) -> AP
         every = await masks.describe(list(masks.known.values()), caller.may_use)
         listed = [mask for mask in every if caller.may_use(mask.id)]
         names = [DENSE] * caller.may_use(DENSE) + [mask.id for mask in listed]
-        lately = [request for request in metrics.recent() if request.mask in names]
+        shown = set(names)
+        lately = [request for request in metrics.recent() if request.mask in shown]
         aliases = {name: each for name, each in masks.names.aliases.items() if caller.may_use(name)}
         return {
             "base": masks.base_name,
@@ -67,7 +68,7 @@ def routes(engine: Engine, masks: Masks, metrics: Metrics, access: Access) -> AP
             "aliases": aliases,
             "refused": {name: why for name, why in masks.refused.items() if caller.may_use(name)},
             "requests": totals(metrics),
-            "traffic": {name: traffic([each for each in lately if each.mask == name]) for name in names},
+            "traffic": traffic_by_mask(names, lately),
             "all_traffic": traffic(lately),
             "slots": {
                 "used": sum(mask.state == "resident" for mask in every),
@@ -137,6 +138,14 @@ def traffic(requests: Sequence[Finished]) -> Traffic:
         quantiles([request.ttft_s for request in requests if request.ttft_s is not None]),
         quantiles([request.inter_token_s for request in requests if request.inter_token_s is not None]),
     )
+
+
+def traffic_by_mask(names: Sequence[str], requests: Sequence[Finished]) -> dict[str, Traffic]:
+    """The traffic of each mask, also of those without any, in one pass over the requests."""
+    of = defaultdict[str, list[Finished]](list)
+    for request in requests:
+        of[request.mask].append(request)
+    return {name: traffic(of[name]) for name in names}
 
 
 def quantiles(values: Sequence[float]) -> Quantiles | None:

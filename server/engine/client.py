@@ -27,7 +27,6 @@ import torch
 import uvicorn
 import vllm.envs as envs
 from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -328,7 +327,7 @@ class Engine:
         init_exception_handler(app)
         init_entrypoints_middleware(self.args, app, await self._ask(self.llm.get_supported_tasks()))
         for middleware in app.user_middleware:
-            if middleware.cls == CORSMiddleware:
+            if "allow_origins" in middleware.kwargs:  # vLLM has no option for what it exposes
                 middleware.kwargs["expose_headers"] = EXPOSED
         await self._attach()
 

@@ -160,6 +160,7 @@ def test_a_path_or_method_that_is_not_there_is_an_error_in_openais_shape(server:
         ("/v1/completions", {"n": 17}, "n"),
         ("/v1/completions", {"prompt": ["a"] * 129}, "prompt"),
         ("/v1/completions", {"prompt": [[1]] * 129}, "prompt"),
+        ("/v1/completions", {"prompt": ["a"] * 65, "n": 2}, "prompt"),
         ("/v1/completions", {"max_tokens": MAX_COMPLETION_TOKENS + 1}, "max_tokens"),
         (
             "/v1/chat/completions",
@@ -178,10 +179,18 @@ def test_what_is_more_than_one_request_may_have_is_refused_by_name(server: Serve
         assert "are too many: this server gives at most" in answer.json()["error"]["message"]
 
 
+def test_every_answer_counts_not_every_prompt(server: Server):
+    with server.client() as http:
+        answer = http.post("/v1/completions", json={**ASK, "prompt": ["a"] * 65, "n": 2})
+    message = answer.json()["error"]["message"]
+    assert message == "130 answers (65 prompts times n=2) are too many: this server gives at most 128"
+
+
 def test_as_much_as_one_request_may_have_is_answered(server: Server):
     with server.client() as http:
         for fields in (
             {"n": 16, "max_tokens": 1},
+            {"prompt": ["a"] * 64, "n": 2, "max_tokens": 1},
             {"prompt": [1] * 200},
             {"max_tokens": MAX_COMPLETION_TOKENS},
         ):

@@ -134,6 +134,7 @@ def test_a_browser_of_an_origin_that_is_allowed_may_ask_whether_it_may_without_a
             refused = browser.post("/v1/completions", json=SHORT)
         assert (may.status_code == 200) == bool(allowed)
         assert refused.status_code == 401
+        assert refused.headers["access-control-expose-headers"] == "X-Mask, X-Request-Id, Retry-After"
         assert may.headers.get("access-control-allow-origin") == allowed
         assert refused.headers.get("access-control-allow-origin") == allowed
 
@@ -141,6 +142,8 @@ def test_a_browser_of_an_origin_that_is_allowed_may_ask_whether_it_may_without_a
 def test_told_to_be_lenient_it_ignores_unknown_fields_and_converts_types(lone: Server):
     with lone.client() as api:
         answer = api.post("/v1/completions", json={**SHORT, "max_token": 8, "max_tokens": "8"})
+        beams = api.post("/v1/completions", json={**SHORT, "use_beam_search": True})
+    assert beams.status_code == 400
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] == 8
 
@@ -213,12 +216,15 @@ def test_metrics_have_the_port_they_were_given_and_no_other(lone: Server):
 def test_twice_as_many_requests_are_taken_as_run_at_once_and_the_rest_is_told_to_come_again(lone: Server):
     def ask(_: int) -> httpx.Response:
         with lone.client() as api:
-            return api.post("/v1/completions", json={**LONG, "max_tokens": 100})
+            body, origin = {**LONG, "max_tokens": 100}, {"Origin": "https://app.example"}
+            return api.post("/v1/completions", json=body, headers=origin)
 
     with ThreadPoolExecutor(10) as clients:
         answers = list(clients.map(ask, range(10)))
     assert Counter(answer.status_code for answer in answers) == {200: 6, 503: 4}
-    assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers if answer.status_code == 503)
+    for answer in answers:
+        assert "access-control-allow-origin" in answer.headers  # or a browser shows its page no refusal
+        assert answer.status_code == 200 or int(answer.headers["Retry-After"]) > 0
     with lone.client() as api:
         assert api.post("/v1/completions", json=SHORT).status_code == 200
 
@@ -266,9 +272,13 @@ def test_a_folder_that_cannot_be_written_refuses_uploads_and_serves_on(lone: Ser
 
 
 def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_same_masks(lone: Server):
+    def failed() -> float:
+        return metric(watch, "maskllm_errors_total", mask="legal", status="503")
+
     with lone.client() as api, aside(lone) as watch:
         before = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT).json()["choices"]
         states = {mask["id"]: mask["state"] for mask in api.get("/v1/masks").json()["data"]}
+        failed_before = failed()
         whole, answers = in_flight(lone)
         stream, chunks = in_flight(lone, stream=True)
         engine_of(lone).kill()
@@ -279,12 +289,20 @@ def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_s
         assert time.monotonic() - killed < 5
         assert answers[0].status_code == 503
         assert int(answers[0].headers["Retry-After"]) > 0
-        assert '"code": 503' in chunks[0].text
+        (event,) = [text for text in chunks[0].text.splitlines() if '"error"' in text]
+        assert json.loads(event.removeprefix("data: ")) == answers[0].json()
+        assert answers[0].json()["error"]["type"] == "server_error"
+        assert line(lone, chunks[0].headers["x-request-id"])["status"] == 503
+        assert failed() == failed_before + 2
 
         time.sleep(max(0, killed + 2 - time.monotonic()))
         assert api.get("/health").status_code == 503
         assert metric(watch, "maskllm_engine_up") == 0
         assert api.post("/v1/completions", params={"mask": "legal"}, json=SHORT).status_code == 503
+        for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+            refused = api.post(path, json=body)
+            assert refused.status_code == 503
+            assert int(refused.headers["Retry-After"]) > 0
         assert api.get("/v1/masks").status_code == 200
         while api.get("/health").status_code == 503:
             assert time.monotonic() - killed < 240

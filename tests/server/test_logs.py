@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from contextlib import nullcontext
 from uuid import uuid4
@@ -66,6 +67,7 @@ def test_a_client_that_hangs_up_is_logged_as_499_with_what_it_cost(server: Serve
     long = {**ASK, "max_tokens": 400, "n": n, "temperature": 1.0, "ignore_eos": True, "stream": stream}
     with server.client() as http:
         prompt = len(http.post("/tokenize", json={"prompt": ASK["prompt"]}).json()["tokens"])
+        http.post("/v1/completions", json={**long, "max_tokens": 2})  # compiles what a batch of n needs
         request = http.stream(
             "POST",
             "/v1/completions",
@@ -83,6 +85,26 @@ def test_a_client_that_hangs_up_is_logged_as_499_with_what_it_cost(server: Serve
     assert logged["status"] == 499
     assert 1 <= logged["completion_tokens"] < 400 * n
     assert logged["prompt_tokens"] == prompt
+
+
+@pytest.mark.parametrize("path", ["/v1/masks/cut-off", "/v1/completions"])
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_a_499_and_leaves_nothing(
+    server: Server, path: str
+):
+    id, tracebacks = uuid4().hex, server.log.read_text().count("Traceback")
+    method, kind = ("PUT", "octet-stream") if "masks" in path else ("POST", "json")
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer boss\r\nX-Request-Id: {id}\r\n"
+    head += f"Content-Type: application/{kind}\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode() + b'{"prompt"')
+        time.sleep(0.3)
+        assert len(list(server.masks.glob(".*.partial"))) == (method == "PUT")
+    assert line(server, id)["status"] == 499
+    assert not list(server.masks.glob(".*.partial"))
+    with server.client() as http:
+        assert http.get("/version").status_code == 200  # by now uvicorn has said what it would
+    assert server.log.read_text().count("Traceback") == tracebacks
 
 
 def test_health_checks_are_not_logged(server: Server):

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry
 from running import Server
 from test_api import ASK, metric
 
+from server.engine.openai import EngineDeadError, status_of
 from server.metrics import Metrics
 
 
@@ -87,6 +88,20 @@ def test_answers_are_counted_by_route_and_status_from_0_on(http: httpx.Client):
         before[1] + 1,
     )
     assert "no/such/route" not in http.get("/metrics").text
+
+
+def test_errors_are_counted_by_the_status_that_the_client_gets(http: httpx.Client):
+    def errors(status: int) -> float:
+        return sum(
+            metric(http, "maskllm_errors_total", mask=mask, status=str(status))
+            for mask in ("unknown", "legal")
+        )
+
+    before = errors(400), errors(500)
+    for refused in ({"n": "1"}, {"zzz": 1}, {"logprobs": 25}, {"logprobs": 25, "stream": True}):
+        assert http.post("/v1/completions", json={**ASK, "mask": "legal", **refused}).status_code == 400
+    assert (errors(400), errors(500)) == (before[0] + 4, before[1])
+    assert status_of(EngineDeadError()) == 503
 
 
 def test_a_request_is_in_flight_under_its_mask_until_its_last_token(http: httpx.Client):

@@ -97,6 +97,55 @@ def test_a_json_schema_gives_json_that_fits(client):
     assert pet["kind"] in ("cat", "dog")
 
 
+def test_a_chat_takes_the_options_that_completions_take(client):
+    def ask(**options):
+        return client.chat.completions.create(**{**MEDICAL, **options})
+
+    plain = ask()
+    text = plain.choices[0].message.content
+    drawn = [ask(n=3, temperature=1.0, seed=seed) for seed in (7, 7, 8)]
+    first, again, other = ([choice.message.content for choice in reply.choices] for reply in drawn)
+    assert len(set(first)) > 1
+    assert first == again != other
+    word = text.split()[2]
+    stopped = ask(stop=[word]).choices[0]
+    assert (stopped.finish_reason, stopped.message.content) == ("stop", text[: text.index(word)])
+    forced = ask(logit_bias={"42": 100}, extra_body={"return_token_ids": True})
+    assert forced.choices[0].token_ids == [42] * 12
+    *chunks, last = ask(stream=True, stream_options={"include_usage": True})
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    assert (last.choices, last.usage) == ([], plain.usage)
+
+
+def test_a_completion_takes_a_json_schema_too_and_streams_what_fits(client):
+    form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA}}
+    ask = {**LEGAL, "max_tokens": 200, "frequency_penalty": 2.0, "extra_body": {"response_format": form}}
+    whole = client.completions.create(**ask).choices[0].text
+    assert json.loads(whole).keys() == {"old", "kind"}
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**ask, stream=True)) == whole
+
+
+def test_json_object_gives_an_object_even_of_a_model_that_would_only_close_it(client, server: Server):
+    *_, brace = httpx.post(f"{server.url}/tokenize", json={"prompt": "}"}, headers=bearer()).json()["tokens"]
+    ask = {
+        **LEGAL,
+        "logit_bias": {str(brace): 100},
+        "extra_body": {"response_format": {"type": "json_object"}},
+    }
+    chat = {**MEDICAL, "logit_bias": {str(brace): 100}, "response_format": {"type": "json_object"}}
+    assert json.loads(client.completions.create(**ask).choices[0].text) == {}
+    assert json.loads(client.chat.completions.create(**chat).choices[0].message.content) == {}
+
+
+def test_echo_gives_the_prompt_once_in_a_stream_too(client):
+    ask = {**LEGAL, "prompt": ["The Secretary shall", "No person shall be"], "echo": True}
+    texts = ["", ""]
+    for chunk in client.completions.create(**ask, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in client.completions.create(**ask).choices]
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, ask["prompt"], strict=True))
+
+
 def test_tools_without_a_parser_are_refused_with_the_option_that_is_missing(client):
     tool = {"type": "function", "function": {"name": "pet", "parameters": SCHEMA}}
     named = {"type": "function", "function": {"name": "pet"}}

@@ -9,6 +9,8 @@ from fastapi.testclient import TestClient
 from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat
 from running import Server
+from test_api import metric
+from test_logs import line
 
 from server import errors
 from server.errors import ServerError
@@ -110,6 +112,65 @@ def test_what_trips_vllm_is_a_400(http, path, body, param):
     else:
         answer = http.post(path, json=body)
     error_of(answer, 400, param=param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprobs": 25},
+        {"stop_token_ids": [10**9]},
+        {"logit_bias": {"1000000": 1}},
+        {"structured_outputs": {"regex": "("}},
+        {"prompt": [10**6]},
+        {"prompt": [1] * 512},
+        {"messages": CHAT["messages"], "logprobs": True, "top_logprobs": 25},
+    ],
+    ids=lambda fields: "+".join(fields),
+)
+def test_what_vllm_refuses_is_a_400_before_a_stream_begins(http, server: Server, fields):
+    path, base = ("/v1/chat/completions", CHAT) if "messages" in fields else ("/v1/completions", ASK)
+    whole, stream = (http.post(path, json={**base, **fields, "stream": on}) for on in (False, True))
+    assert (stream.status_code, stream.json()) == (400, whole.json())
+    error_of(stream, 400, param=stream.json()["error"]["param"])
+    assert line(server, stream.headers["x-request-id"])["status"] == 400
+    assert "stream generator" not in server.log.read_text()  # vLLM's traceback, which quotes the client
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_at_which_the_engine_fails_is_a_500_in_the_same_shape_and_is_forgotten(
+    http, server: Server, stream
+):
+    beyond_what_can_be_sent = {"X-Vllm-Priority": str(2**70)}
+    answer = http.post(
+        "/v1/chat/completions", json={**CHAT, "stream": stream}, headers=beyond_what_can_be_sent
+    )
+    assert answer.status_code == (200 if stream else 500)
+    *_, error = [text for text in answer.text.splitlines() if "error" in text]
+    message = "the engine failed at this request; the server's log has more"
+    assert json.loads(error.removeprefix("data: ")) == {
+        "error": {"message": message, "type": "server_error", "param": None, "code": 500}
+    }
+    assert line(server, answer.headers["x-request-id"])["status"] == 500
+    assert "the engine failed at a request: OverflowError" in server.log.read_text()
+    assert metric(http, "maskllm_requests_in_flight", mask="none") == 0
+
+
+def test_beam_search_is_refused_by_name(http):
+    for path, body in (("/v1/completions", ASK), ("/v1/chat/completions", CHAT)):
+        answer = http.post(path, json={**body, "use_beam_search": True, "n": 2})
+        message = error_of(answer, 400, param="use_beam_search")
+        assert message == "use_beam_search: Input should be False"
+
+
+@pytest.mark.parametrize("way", ["query", "header"])
+def test_two_masks_in_one_place_contradict_each_other_as_those_in_two_do(http, way):
+    def ask(*masks: str):
+        given = {"params": {"mask": masks}} if way == "query" else {"headers": [("X-Mask", m) for m in masks]}
+        return http.post("/v1/completions", json=ASK, **given)
+
+    message = error_of(ask("legal", "medical"), 400, param="mask")
+    assert message == f"the {way} names more than one mask: 'legal', 'medical'"
+    assert ask("legal", "legal").headers["X-Mask"].startswith("legal@")
 
 
 def test_what_the_framework_refuses_has_the_same_shape(http):
