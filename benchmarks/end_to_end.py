@@ -1,6 +1,6 @@
 """How fast a masked model decodes through the server's engine, against plain vLLM of the same version.
 
-    python benchmarks/end_to_end.py                  # every contender; writes benchmarks/end-to-end.json
+    python benchmarks/end_to_end.py                  # four contenders; writes benchmarks/end-to-end.json
     python benchmarks/end_to_end.py --quick          # two short rounds, only printed
     python benchmarks/end_to_end.py --threads 1 2    # each contender's at its better thread count
 
@@ -8,7 +8,8 @@ A random Llama of 320 M parameters and 8 random 2:4 masks. Each contender is an 
 own; all stay alive, stopped but for the one that is measured, and take turns round after round. A decode step
 is the median gap between two answers while the whole batch decodes; the first token is that of a prompt of
 512 never seen before. Figures are medians over the rounds, with a thread a core;
-`least` and `most` set the quartiles of the two sides against each other.
+`least` and `most` set the quartiles of the two sides against each other. Sparsity's own part is *x no mask*:
+the same engine without a mask, whose kernels, processes and head are the same.
 """
 
 import argparse
@@ -24,9 +25,10 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from maskllm.core.base import read_base
 from maskllm.core.layers import maskable
 from maskllm.core.maskset import MaskSet
 from maskllm.core.patterns import pack
+from maskllm.evaluate.speed import read_gb_s
 
 VOCABULARY, BLOCKS, HIDDEN, FFN = 32_000, 24, 1024, 3072
 MASKS, PROMPT, FIRST_TOKEN = 8, 32, 512
@@ -63,15 +66,15 @@ CONTENDERS = {
     "plain bf16": Contender("bfloat16", 2),
     "plain fp32": Contender("float32", 4),
     "bf16 slots": Contender("bfloat16", 9 / 8, "bfloat16"),
-    "int8 slots": Contender("bfloat16", 5 / 8, "int8"),
-    "bf16 slots, int8 head": Contender("bfloat16", 9 / 8, "bfloat16", "int8"),
     "int8 slots and head": Contender("bfloat16", 5 / 8, "int8", "int8"),
+    "bf16 slots, int8 head": Contender("bfloat16", 9 / 8, "bfloat16", "int8"),
+    "int8 slots": Contender("bfloat16", 5 / 8, "int8"),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """So many requests at once, under so many masks; its must and aim are times plain vLLM's speed."""
+    """So many requests at once, under so many masks or none; must and aim are times plain vLLM's speed."""
 
     batch: int
     must: float
@@ -80,12 +83,17 @@ class Case:
     first_token: bool = False
 
 
+USUAL = list(CONTENDERS)[:4]
+"""Those that are published: more do not fit into 24 GB at a time."""
+
+
 CASES = {
     "batch 1": Case(1, 2.0, 3.0),
     "batch 4": Case(4, 2.2, 3.0),
     "batch 16": Case(16, 1.5, 2.0),
     "first token of 512": Case(1, 1.0, 1.3, first_token=True),
 }
+READ = "read", "GB/s"
 MIXED, MIXED_CASE = "batch 16, 8 masks", Case(16, 0.5, 0.7, masks=MASKS)
 
 
@@ -96,7 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count()])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=24, help="decode steps of one measurement")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=USUAL)
     parser.add_argument("--quick", action="store_true", help="2 rounds of 4 steps, written nowhere")
     args = parser.parse_args()
     # A stopped engine would outlive a benchmark that was ended.
@@ -107,16 +115,16 @@ def main() -> None:
         folder = Path(made)
         weights = make(folder)
         measured = [compare(folder, args, threads) for threads in args.threads]
-        gb_s = max(bandwidth(threads) for threads in args.threads)
+        gb_s = max(median(each.pop(READ)) for each in measured)
     rows = list(table(measured, args.only, weights, gb_s))
-    if args.quick or args.only != list(CONTENDERS):
+    if args.quick or args.only != USUAL:
         print("\n".join(f"{row.name}: {row.value:.4g}" for row in rows))
     else:
         note = (
             f"Random Llama of {weights / 1e6:.0f} M masked weights, medians of {args.rounds} rounds, threads "
             f"{args.threads}. Times: "
             "against the better plain vLLM, 8 masks against one. Ceiling: the weights of a step read once "
-            f"at {gb_s:.1f} GB/s"
+            f"at {gb_s:.1f} GB/s, the median of a plain read before each round"
         )
         write("end-to-end", "python benchmarks/end_to_end.py", rows, note, of="a step")
 
@@ -125,21 +133,25 @@ def table(
     measured: list[dict[tuple[str, str], list[float]]], names: list[str], weights: int, gb_s: float
 ) -> Iterator[Row]:
     """The rows of the figures, from the milliseconds by contender and case of each thread count."""
-    best = {key: min((each[key] for each in measured), key=statistics.median) for key in measured[0]}
+    best = {key: min((each[key] for each in measured), key=median) for key in measured[0]}
     plain = [name for name in names if not CONTENDERS[name].ours]
     ours = [name for name in names if CONTENDERS[name].ours]
     for case, wanted in {**CASES, MIXED: MIXED_CASE}.items():
         for name in names:
             if (name, case) in best:
-                yield Row(f"{case} | {name}, ms", round(statistics.median(best[name, case]), 2), "ms")
+                yield Row(f"{case} | {name}, ms", round(median(best[name, case]), 2), "ms")
         for name in ours:
             rivals = [best[name, "batch 16"]] if case == MIXED else [best[each, case] for each in plain]
             if rivals:
-                rival = min(rivals, key=statistics.median)
+                rival = min(rivals, key=median)
                 times, least, most = ratio(rival, best[name, case])
                 yield Row(f"{case} | {name}, times", times, "x", wanted.must, wanted.aim, better="higher")
                 yield Row(f"{case} | {name}, least", least, "x")
                 yield Row(f"{case} | {name}, most", most, "x")
+            if (dense := best.get((name, f"{case}, no mask"))) is not None:
+                yield Row(
+                    f"{case} | {name}, x no mask", ratio(dense, best[name, case])[0], "x", better="higher"
+                )
     for name in names:
         of = CONTENDERS[name]
         head = VOCABULARY * HIDDEN * (1 if of.head_dtype == "int8" else 2 if of.dtype == "bfloat16" else 4)
@@ -151,7 +163,7 @@ def ratio(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
     """How many times faster, by medians; and with the quartiles set against and for us."""
     low, _, high = statistics.quantiles(theirs, method="inclusive")
     fast, _, slow = statistics.quantiles(ours, method="inclusive")
-    middle = statistics.median(theirs) / statistics.median(ours)
+    middle = median(theirs) / median(ours)
     return round(middle, 3), round(low / slow, 3), round(high / fast, 3)
 
 
@@ -183,26 +195,19 @@ def make(folder: Path) -> int:
     return mask.weights
 
 
-def bandwidth(threads: int) -> float:
-    """GB/s at which this machine reads 512 MB, the median of 9 sums."""
-    torch.set_num_threads(threads)
-    data, seconds = torch.ones(128 << 20), []
-    for _ in range(9):
-        begin = time.perf_counter()
-        data.sum()
-        seconds.append(time.perf_counter() - begin)
-    return data.nbytes / 1e9 / statistics.median(seconds)
-
-
 def compare(folder: Path, args: argparse.Namespace, threads: int) -> dict[tuple[str, str], list[float]]:
     """Milliseconds of every round, by contender and case: round after round, one contender at a time."""
     found: dict[tuple[str, str], list[float]] = {}
+    torch.set_num_threads(threads)
     with ExitStack() as stack:
         engines = {name: stack.enter_context(running(name, folder, threads)) for name in args.only}
+        # Each of ours without a mask, too.
+        bare = {f"{case}, no mask": replace(wanted, masks=0) for case, wanted in CASES.items()}
         for turn in range(args.rounds + 1):
-            for case, wanted in {**CASES, MIXED: MIXED_CASE}.items():
+            found.setdefault(READ, []).append(read_gb_s())
+            for case, wanted in {**CASES, MIXED: MIXED_CASE, **bare}.items():
                 for name, engine in engines.items():
-                    if wanted.masks > 1 and not CONTENDERS[name].ours:
+                    if wanted.masks != 1 and not CONTENDERS[name].ours:
                         continue
                     ms = engine.measure(wanted, args.steps)
                     if turn:  # the first is a warm-up
@@ -269,7 +274,8 @@ async def contend(name: str, folder: Path, answers: int) -> None:
             print("ready", file=out, flush=True)
             while line := await asyncio.to_thread(sys.stdin.readline):
                 question = json.loads(line)
-                chosen = [masks[row % question["masks"]] for row in range(question["batch"])]
+                count = question["masks"]
+                chosen = [masks[row % count] if count else None for row in range(question["batch"])]
                 steps = question["steps"]
                 ms = await (decode(llm, chosen, steps) if steps else first(llm, chosen))
                 print(json.dumps(ms), file=out, flush=True)
@@ -323,6 +329,7 @@ async def ours(contender: Contender, folder: Path) -> AsyncIterator[tuple[Any, l
         masks.scan()
         for mask in masks.known.values():
             assert await masks.ready(mask)
+        await engine.llm.get_supported_tasks()  # as the API has asked before the first request
         yield engine.llm, list(engine.adapters.values())
 
 
@@ -332,7 +339,7 @@ async def decode(llm: Any, masks: list[Any], steps: int) -> float:
     begin, end = max(each[0] for each in times), min(each[-1] for each in times)
     last = max(times, key=lambda each: each[0])
     seen = [at for at in last if begin <= at <= end]
-    return 1000 * statistics.median(b - a for a, b in pairwise(seen))
+    return 1000 * median(b - a for a, b in pairwise(seen))
 
 
 async def first(llm: Any, masks: list[Any]) -> float:
@@ -344,6 +351,7 @@ async def first(llm: Any, masks: list[Any]) -> float:
 async def ask(llm: Any, mask: Any, length: int, tokens: int) -> list[float]:
     """When each answer to a random prompt came."""
     from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind
 
     parameters = SamplingParams(
@@ -353,7 +361,7 @@ async def ask(llm: Any, mask: Any, length: int, tokens: int) -> list[float]:
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    prompt = {"prompt_token_ids": torch.randint(VOCABULARY, (length,)).tolist()}
+    prompt = tokens_input(torch.randint(VOCABULARY, (length,)).tolist())
     outputs = llm.generate(prompt, parameters, os.urandom(8).hex(), lora_request=mask)
     return [time.perf_counter() async for _ in outputs]
 

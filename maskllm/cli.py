@@ -216,6 +216,7 @@ class Inspect(Command):
 
     maskllm inspect examples/demo/masks/legal.safetensors
     maskllm inspect --capacity examples/demo/base --slots 8
+    maskllm inspect --kernels
     """
 
     file: CliPositionalArg[Path | None] = None
@@ -381,7 +382,7 @@ class Bench(Command):
     """layers: batches of several sizes, one mask. masks: 16 rows, several masks. swap: writing a slot."""
     shape: tuple[PositiveInt, PositiveInt] = (4096, 4096)
     """Outputs and inputs of the layer."""
-    rounds: PositiveInt = 30
+    rounds: Annotated[int, Field(ge=2)] = 30
     """How often every contender takes its turn; a figure is the median."""
     threads: PositiveInt | None = None
     """Threads (default: torch's, a core each)."""

@@ -22,7 +22,7 @@ POOL_BYTES = 200_000_000
 """Of int8 slots, the smallest weights, that are gone through before one is met again: with 32 MB of cache a
 sixth may be found there, and of dense weights a twentieth."""
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (768, 768)]
-ROWS = [1, 4, 16, 64]
+ROWS = [1, 4, 16, 64, 512]
 MASKS = [1, 2, 4, 8, 16]
 
 
@@ -71,12 +71,14 @@ class Layer:
         outs, inputs = self.shape
         self.calls = max(1, (1 << 22) // (outs * inputs))
         self.count = min(512, max(2, -(-POOL_BYTES * 8 // (5 * outs * inputs))))
-        self.weights = [torch.randn(self.shape).bfloat16() for _ in range(self.count)]
-        self.floats = [weight.float() for weight in self.weights[: max(2, self.count // 2)]]
+        # All in big pages, as the server has weights and slots.
+        self.weights = [cpu.in_big_pages(torch.randn(self.shape).bfloat16()) for _ in range(self.count)]
+        self.floats = [cpu.in_big_pages(weight.float()) for weight in self.weights[: max(2, self.count // 2)]]
         self.quantized = [_torch_int8(weight) for weight in self.floats]
         self.packed = pack(encode(best(torch.rand(self.shape))))
         self.bf16 = [self._slots(weight, torch.bfloat16) for weight in self.weights]
         self.int8 = [self._slots(weight, torch.int8) for weight in self.weights]
+        self.dense_int8 = [cpu.quantize(weight) for weight in self.weights]
 
     def _slots(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         slots = allocate(weight, 1, dtype)
@@ -101,6 +103,13 @@ class Layer:
 
             return work
 
+        def dense_int8(turn: int) -> None:
+            at = (turn + self.count // 2) % self.count
+            cpu.dense_int8(half, self.weights[at], self.dense_int8[at])
+
+        own = {"ours, dense bf16": ours(self.bf16, half, dense, 0.5)}
+        if cpu.using() != "avx512-bf16" or rows > cpu.dense_rows():  # it would be torch's
+            own.clear()
         linear, quantized = functional.linear, torch.ops.quantized.linear_dynamic
         return {
             "torch fp32": lambda turn: linear(x, self.floats[turn % len(self.floats)]),
@@ -109,12 +118,13 @@ class Layer:
             "2:4 bf16": ours(self.bf16, half, masked, 0),
             "2:4 bf16, fp32 inputs": ours(self.bf16, x, masked, 0.5),
             "2:4 int8": ours(self.int8, half, masked, 0),
-        } | ({"ours, dense bf16": ours(self.bf16, half, dense, 0.5)} if rows <= cpu.dense_rows() else {})
+            "ours, dense int8": dense_int8,
+        } | own
 
     def swap(self) -> dict[str, Callable[[int], object]]:
         """Writing a mask into a slot, against copying the dense weight."""
         count = self.count
-        copies = [weight.clone() for weight in self.weights]  # not empty: pages must be there
+        copies = [cpu.in_big_pages(weight) for weight in self.weights]  # not empty: pages must be there
 
         def swap(slots: list[Tensor], place: float) -> Callable[[int], object]:
             start = int(place * count)
@@ -133,23 +143,29 @@ class Layer:
 
 
 def many_masks(shape: tuple[int, int], rows: int, masks: int) -> dict[str, Callable[[int], object]]:
-    """`rows` inputs under so many masks: each slot for its rows, the dense weight once, and the choice."""
-    weights = [torch.randn(shape).bfloat16() for _ in range(2)]
+    """`rows` inputs under so many masks: each slot for its rows, the dense weight once, and the choice.
+
+    Each goes through the weights from a place of its own, as a layer's contenders do.
+    """
+    count = 6
+    weights = [cpu.in_big_pages(torch.randn(shape).bfloat16()) for _ in range(count)]
+    packed = [pack(encode(best(torch.rand(shape)))) for _ in range(masks)]
     slots = [allocate(weight, masks, torch.bfloat16) for weight in weights]
     for weight, each in zip(weights, slots, strict=True):
         for slot in range(masks):
-            fill(each, slot, weight, pack(encode(best(torch.rand(shape)))))
+            fill(each, slot, weight, packed[slot])
     x, row_slots = torch.randn(rows, shape[1]).bfloat16(), torch.arange(rows, dtype=torch.int32) % masks
 
-    def run(form: int) -> Callable[[int], object]:
+    def run(form: int, start: int) -> Callable[[int], object]:
         def work(turn: int) -> None:
+            at = (turn + start) % count
             cpu.force_form(form)
-            masked_linear(x, weights[turn % 2], slots[turn % 2], row_slots, None)
+            masked_linear(x, weights[at], slots[at], row_slots, None)
             cpu.force_form(-1)
 
         return work
 
-    return {"each slot": run(0), "dense once": run(1), "chosen": run(-1)}
+    return {"each slot": run(0, 0), "dense once": run(1, 2), "chosen": run(-1, 4)}
 
 
 def read_gb_s() -> float:

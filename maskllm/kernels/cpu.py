@@ -21,8 +21,18 @@ from maskllm.kernels import DENSE
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 INT8_DENSE = 3
+READ, KEPT = (torch.float32, torch.bfloat16), (torch.bfloat16, torch.int8)
+"""What kernels read of inputs and weights, and what slots hold."""
+NEVER = float(1 << 30)
+LONG = 512
+"""Rows for which it is measured whether torch multiplies a weight made dense faster."""
+_sparse_rows = NEVER  # as in the costs, which are a call away
 LARGE = 1 << 18
 """Below this many weights a second thread costs more than it does."""
+CPUINFO = Path("/proc/cpuinfo")
+AVX512 = {"avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni"}
+NEEDS = {"avx512-bf16": AVX512 | {"avx512_bf16"}, "avx512": AVX512, "avx2": {"avx2", "fma"}}
+"""What cpu/api.cpp asks x86 processors for, as Linux calls it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,9 @@ class Costs:
     once_mask: float
     """and for each mask."""
     dense_rows: float
-    """More dense rows than this are torch's."""
+    """More dense rows than this are torch's,"""
+    sparse_rows: float
+    """and so are more rows in all, where one mask has as many, by that mask's weight made dense."""
 
 
 def why_not() -> str | None:
@@ -55,6 +67,13 @@ def why_not() -> str | None:
 def available() -> list[str]:
     """The instruction sets that can run here, the fastest first."""
     return _library().maskllm_available().decode().split() if _library() else []
+
+
+def missing() -> dict[str, str]:
+    """What the processor has not, for each x86 instruction set of ours that cannot run here."""
+    flags = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set.union(*NEEDS.values())
+    lacks = {name: sorted(needs - flags) for name, needs in NEEDS.items() if name not in available()}
+    return {name: f"this processor has no {', '.join(lack)}" for name, lack in lacks.items() if lack}
 
 
 def using() -> str:
@@ -92,6 +111,8 @@ def costs() -> Costs:
 
 def set_costs(costs: Costs) -> None:
     """Go by these from now on."""
+    global _sparse_rows
+    _sparse_rows = costs.sparse_rows
     _library().maskllm_set_costs((ctypes.c_double * len(fields(costs)))(*astuple(costs)))
 
 
@@ -105,18 +126,24 @@ def choices() -> str:
     spread = (masks for masks in range(2, 17) if reads_once(torch.arange(16, dtype=torch.int32) % masks))
     once = next(spread, None)
     many = f"from {once} masks on" if once else "under no number of masks"
-    return f"16 rows read the dense weight once {many}; up to {dense_rows()} dense rows are multiplied here"
+    rows = costs().sparse_rows
+    dense = "never made dense" if rows == NEVER else f"made dense for more than {rows:.0f} rows"
+    return (
+        f"16 rows read the dense weight once {many}; up to {dense_rows()} dense rows are multiplied here; "
+        f"a mask's weight is {dense}"
+    )
 
 
 def calibrate() -> Costs | None:
     """Measure the costs with the threads that torch has, and go by them from now on.
 
-    Half a second and 130 MB, out of reach of most caches. None where there is nothing to choose: bfloat16
-    products are needed for either choice.
+    A second and 130 MB, out of reach of most caches. Whatever else runs only adds to a time, so that the
+    fastest of several turns counts. None where there are no kernels, or where a busy machine made a slot
+    cost more than the dense weight, of which it is 9 bits in 16: what the costs were they are then again.
     """
-    if why_not() or using() != "avx512-bf16":
+    if why_not():
         return None
-    masks, outs, inputs = 16, 4096, 2048
+    bf16, masks, outs, inputs = using() == "avx512-bf16", 16, 4096, 2048
     weights = [torch.ones(outs, inputs, dtype=torch.bfloat16) for _ in range(3)]
     # Slots in one memory, apart by their mask bits only: what the values are does not matter.
     size, apart = slot_bytes(outs, inputs, torch.bfloat16) // 2, outs * inputs // 16
@@ -125,50 +152,88 @@ def calibrate() -> Costs | None:
         for _ in weights
     ]
 
-    def cost(multiply: Callable[[Tensor, Tensor], object]) -> float:
-        """ns for 64 weights in the fastest of 5 passes: whatever else runs only adds to it."""
-        passes = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            for weight, each in zip(weights, slots, strict=True):
-                multiply(weight, each)
-            passes.append(time.perf_counter() - begin)
-        return 64e9 * min(passes) / sum(weight.numel() for weight in weights)
+    def inputs_of(rows: int) -> Tensor:
+        return torch.ones(rows, inputs, dtype=torch.bfloat16 if bf16 else torch.float32)
 
-    def ours(form: int, rows: list[int]) -> float:
-        x = torch.ones(len(rows), inputs, dtype=torch.bfloat16)
-        row_slots = torch.tensor(rows, dtype=torch.int32)
-        force_form(form)
-        try:
-            return cost(lambda weight, each: linear(x, weight, each, row_slots, None))
-        finally:
+    def ours(form: int, rows: list[int]) -> Callable[[int], object]:
+        x, row_slots = inputs_of(len(rows)), torch.tensor(rows, dtype=torch.int32)
+
+        def multiply(at: int) -> None:
+            force_form(form)
+            linear(x, weights[at], slots[at], row_slots, None)
             force_form(-1)
 
-    def torchs(rows: int) -> float:
-        x = torch.ones(rows, inputs, dtype=torch.bfloat16)
-        return cost(lambda weight, _: functional.linear(x, weight))
+        return multiply
 
-    two, all_ = ours(1, [0] * 8 + [1] * 8), ours(1, list(range(masks)))
-    once_row, once_mask = max(0.0, two - ours(1, [0] * 4 + [1] * 4)) / 8, max(0.0, all_ - two) / (masks - 2)
+    def torchs(rows: int) -> Callable[[int], object]:
+        x = inputs_of(rows)
+        return lambda at: functional.linear(x, weights[at])
+
+    def made_dense(at: int) -> None:
+        functional.linear(many, expand(slots[at], 0, weights[at], many.dtype))
+
+    many, before = inputs_of(LONG), costs()
+    set_costs(replace(before, dense_rows=64, sparse_rows=NEVER))  # all that is timed here is ours
+    long = _fastest({"ours": ours(0, [0] * LONG), "dense": made_dense}, range(1))
+    sparse_rows = LONG // 2 if long["dense"] < long["ours"] else NEVER
+    if not bf16:
+        set_costs(replace(before, sparse_rows=sparse_rows))
+        return costs()
+    counts = (4, 8, 16, 32, 64)
+    each = _fastest(
+        {
+            "slot": ours(0, [0]),
+            "slot, 16": ours(0, [0] * 16),
+            "once": ours(1, [0, 1]),
+            "2 masks, 8": ours(1, [0] * 4 + [1] * 4),
+            "2 masks, 16": ours(1, [0] * 8 + [1] * 8),
+            "16 masks, 16": ours(1, list(range(masks))),
+            **{f"ours, {rows}": ours(-1, [DENSE] * rows) for rows in counts},
+            **{f"torch's, {rows}": torchs(rows) for rows in counts},
+        },
+        range(len(weights)),
+    )
+    per = {name: 64e9 * seconds / (outs * inputs) for name, seconds in each.items()}
+    once_row = max(0.0, per["2 masks, 16"] - per["2 masks, 8"]) / 8
+    once_mask = max(0.0, per["16 masks, 16"] - per["2 masks, 16"]) / (masks - 2)
+    faster = takewhile(lambda rows: per[f"ours, {rows}"] <= per[f"torch's, {rows}"], counts)
     measured = Costs(
-        slot=ours(0, [0]),
-        slot_row=ours(0, [0] * 16) / 16,
-        once=ours(1, [0, 1]),
-        fixed=two - 16 * once_row - 2 * once_mask,
+        slot=per["slot"],
+        slot_row=per["slot, 16"] / 16,
+        once=per["once"],
+        fixed=max(0.0, per["2 masks, 16"] - 16 * once_row - 2 * once_mask),
         once_row=once_row,
         once_mask=once_mask,
-        dense_rows=64,
+        dense_rows=max(faster, default=0),
+        sparse_rows=sparse_rows,
     )
-    set_costs(measured)  # all of these dense rows are ours now
-    faster = list(takewhile(lambda rows: ours(-1, [DENSE] * rows) <= torchs(rows), (4, 8, 16, 32, 64)))
-    measured = replace(measured, dense_rows=max(faster, default=0))
-    set_costs(measured)
-    return measured
+    busy = measured.slot > measured.once
+    set_costs(before if busy else measured)
+    return None if busy else measured
+
+
+def _fastest(works: dict[str, Callable[[int], object]], weights: range) -> dict[str, float]:
+    """Seconds of each work over one of the weights, in its fastest of 5 turns over all."""
+    seconds = dict.fromkeys(works, float("inf"))
+    for _ in range(5):
+        for name, work in works.items():
+            for at in weights:
+                begin = time.perf_counter()
+                work(at)
+                seconds[name] = min(seconds[name], time.perf_counter() - begin)
+    return seconds
 
 
 def advise(memory: Tensor) -> None:
     """Ask for big pages, before memory is first used: to read it out of cache is up to 1.3 times as fast."""
     _library().maskllm_advise(memory.data_ptr(), memory.nbytes)
+
+
+def in_big_pages(weight: Tensor) -> Tensor:
+    """A copy of a weight where `advise` has been heard: dense rows and swaps read it 3 to 10 % faster."""
+    copy = torch.empty_like(weight)
+    advise(copy)
+    return copy.copy_(weight)
 
 
 def read(memory: Tensor) -> None:
@@ -178,9 +243,12 @@ def read(memory: Tensor) -> None:
 
 def slot_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
     """Bytes of one mask of a weight (rows, columns) in a slot; without kernels one byte a weight."""
-    return (
-        int(_library().maskllm_slot_bytes(rows, columns, TYPES[dtype])) if not why_not() else rows * columns
-    )
+    return rows * columns if why_not() else _slot_bytes(rows, columns, TYPES[dtype])
+
+
+@cache
+def _slot_bytes(rows: int, columns: int, slot_type: int) -> int:
+    return int(_library().maskllm_slot_bytes(rows, columns, slot_type))
 
 
 def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -204,12 +272,11 @@ def _write_scales(slots: Tensor, weight: Tensor) -> None:
 
 def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     """Write the mask `packed` (out, bytes) uint8 of a weight (out, in) into a slot."""
-    _contiguous(weight)
-    weight = weight if weight.dtype in TYPES else weight.float()
+    slot_type, weight = _slot_type(slots, weight), _readable(weight)
     packed = packed.contiguous()
     _library().maskllm_fill(
         slots[slot].data_ptr(),
-        TYPES[slots.dtype],
+        slot_type,
         weight.data_ptr(),
         TYPES[weight.dtype],
         weight.stride(0),
@@ -228,14 +295,23 @@ def linear(
     slot_type: int | None = None,
 ) -> Tensor:
     """The operator; see `masked_linear`. Dense rows that torch does better are torch's."""
-    if x.dtype not in TYPES:  # float16
-        offset = bias.float() if bias is not None else None
-        return linear(x.float(), weight, slots, row_slots, offset, slot_type).to(x.dtype)
+    check(x, weight, row_slots, bias)
+    if x.dtype not in READ:  # float16
+        return linear(x.float(), weight, slots, row_slots, bias, slot_type).to(x.dtype)
+    slot_type = _slot_type(slots, weight, slot_type)
     _contiguous(weight)
     x = x if x.stride(-1) == 1 else x.contiguous()
     if row_slots.dtype != torch.int32 or not row_slots.is_contiguous():
         row_slots = row_slots.to(torch.int32).contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
+    if x.shape[0] > _sparse_rows and slots.dtype == torch.bfloat16:
+        for slot in (long := _long(row_slots, len(slots))):
+            rows = row_slots == slot
+            out[rows] = _torchs(x[rows], expand(slots, slot, weight, x.dtype), bias)
+        if long:
+            rest = ~torch.isin(row_slots, torch.tensor(long))
+            out[rest] = linear(x[rest], weight, slots, row_slots[rest], bias)
+            return out
     offset = bias.float().contiguous() if bias is not None else None
     left = _library().maskllm_multiply(
         x.data_ptr(),
@@ -249,7 +325,7 @@ def linear(
         slots.data_ptr(),
         slots.shape[0],
         slots.stride(0) * slots.itemsize,
-        TYPES[slots.dtype] if slot_type is None else slot_type,
+        slot_type,
         *weight.shape,
         None if offset is None else offset.data_ptr(),
         out.data_ptr(),
@@ -258,11 +334,35 @@ def linear(
     if left < 0:
         raise ValueError(f"rows use slots {sorted(set(row_slots.tolist()))}, and there are {slots.shape[0]}")
     if left == x.shape[0]:
-        return functional.linear(x, weight.to(x.dtype), bias)
+        return _torchs(x, weight, bias)
     if left:
         rows = (row_slots == DENSE).nonzero().squeeze(1)
-        out[rows] = functional.linear(x[rows], weight.to(x.dtype), bias)
+        out[rows] = _torchs(x[rows], weight, bias)
     return out
+
+
+def _torchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's own product, which takes one dtype for all."""
+    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def expand(slots: Tensor, slot: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The masked weight (out, in) of a bfloat16 slot, float32 or bfloat16, zeros where nothing is kept."""
+    out = torch.empty(weight.shape, dtype=dtype)
+    _library().maskllm_expand(
+        slots[slot].data_ptr(), out.data_ptr(), TYPES[dtype], *weight.shape, _threads(weight)
+    )
+    return out
+
+
+def _long(row_slots: Tensor, count: int) -> list[int]:
+    """The slots, of so many, that more rows have than the kernels are best for."""
+    slots, rows = torch.unique(row_slots, return_counts=True)
+    return [
+        slot
+        for slot, rows in zip(slots.tolist(), rows.tolist(), strict=True)
+        if rows > _sparse_rows and DENSE < slot < count
+    ]
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -273,12 +373,12 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def quantized_bytes(rows: int, columns: int) -> int:
     """Bytes of a whole weight (rows, columns) as `quantize` writes it."""
-    return int(_library().maskllm_slot_bytes(rows, columns, INT8_DENSE))
+    return _slot_bytes(rows, columns, INT8_DENSE)
 
 
 def quantize(weight: Tensor) -> Tensor:
-    """A weight (out, in), float32 or bfloat16, in 8 bits for `dense_int8`, with the scales of int8 slots."""
-    _contiguous(weight)
+    """A weight (out, in) in 8 bits for `dense_int8`, with the scales of int8 slots."""
+    weight = _readable(weight)
     quantized = torch.empty(1, quantized_bytes(*weight.shape), dtype=torch.int8)
     advise(quantized)
     _write_scales(quantized, weight)
@@ -320,6 +420,43 @@ def begin_step(row_slots: Tensor | None) -> None:
         _library().maskllm_begin_step(None if row_slots is None else row_slots.data_ptr(), rows)
 
 
+def check(x: Tensor, weight: Tensor, row_slots: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError where these are no arguments of the operator, whatever computes it."""
+    outs, ins = weight.shape
+    if x.dim() != 2 or x.shape != (*row_slots.shape, ins):
+        raise ValueError(
+            f"x {tuple(x.shape)} and row_slots {tuple(row_slots.shape)} do not fit a weight {(outs, ins)}: "
+            f"they must be (rows, {ins}) and (rows,)"
+        )
+    if bias is not None and bias.shape != (outs,):
+        raise ValueError(
+            f"bias {tuple(bias.shape)} does not fit a weight {(outs, ins)}: it must be {(outs,)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}: it must be float32, bfloat16 or float16")
+
+
+def _slot_type(slots: Tensor, weight: Tensor, slot_type: int | None = None) -> int:
+    """How slots hold a weight, by their dtype unless told. Raises ValueError where they are not its slots."""
+    dtype, count = slots.dtype, slots.shape[0]
+    if dtype not in KEPT:
+        raise ValueError(f"slots are {dtype}: kept values are bfloat16 or int8")
+    slot_type = TYPES[dtype] if slot_type is None else slot_type
+    size = _slot_bytes(*weight.shape, slot_type) // dtype.itemsize
+    if count and (slots.shape != (count, size) or slots.stride(1) != 1):
+        raise ValueError(
+            f"slots {tuple(slots.shape)} of strides {slots.stride()} do not fit a weight "
+            f"{tuple(weight.shape)}: they must be (count, {size}) of strides ({size}, 1)"
+        )
+    return slot_type
+
+
+def _readable(weight: Tensor) -> Tensor:
+    """A weight as kernels read it."""
+    _contiguous(weight)
+    return weight if weight.dtype in READ else weight.float()
+
+
 def _contiguous(weight: Tensor) -> None:
     if weight.stride(1) != 1:
         raise ValueError(f"the weight's rows are not contiguous: strides {weight.stride()}")
@@ -352,6 +489,7 @@ def _library() -> Any:
         "register_layer": (ctypes.c_bool, [text, long]),
         "begin_step": (None, [pointer, long]),
         "fill": (None, [pointer, integer, pointer, integer, long, pointer, long, long, integer]),
+        "expand": (None, [pointer, pointer, integer, long, long, integer]),
         "quantize": (None, [pointer, pointer, integer, long, long, long, integer]),
         "multiply": (
             long,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from maskllm.core.patterns import best, encode, expand, pack, unpack
-from maskllm.kernels import DENSE, cusparselt
+from maskllm.kernels import DENSE, cpu, cusparselt
 
 with suppress(ImportError):  # why_not() says so
     from maskllm.kernels import triton_kernels as kernels
@@ -74,6 +74,7 @@ def slot_bytes(outs: int, ins: int) -> int:
 
 def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     """Make a mask resident in a slot, from its packed codes (out, row_bytes) uint8 on the GPU or pinned."""
+    _check_slots(slots, weight)
     _fill(Layout.of(weight), slots, slot, weight, packed.to(weight.device, non_blocking=True))
 
 
@@ -88,12 +89,17 @@ def linear(
     """x (rows, in) times the masked weight (out, in) of each row's slot, plus bias -> (rows, out).
 
     `row_slots` (rows,) int32 on the GPU gives each row's slot, or DENSE. `present` are the slots in it, if
-    the host knows them; as they choose the kernels, leave them out where a CUDA graph is captured.
+    the host knows them; as they choose the kernels, leave them out where a CUDA graph is captured. Inputs of
+    another dtype than the weight's are multiplied in the weight's.
     """
+    cpu.check(x, weight, row_slots, bias)
+    _check_slots(slots, weight)
+    if x.dtype != weight.dtype:
+        return linear(x.to(weight.dtype), weight, slots, row_slots, bias, present).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
     rows = x.shape[0]
     if rows == 0 or present == (DENSE,):
         return functional.linear(x, weight, bias)
-    bias = None if bias is None else bias.contiguous()
     if rows == 1:
         return _one_row(x, weight, slots, row_slots, bias)
     if rows <= FEW_ROWS:
@@ -101,6 +107,17 @@ def linear(
     if present is not None and len(present) == 1:
         return _one_slot(x, weight, slots, present[0], bias)
     return _many_slots(x, weight, slots, row_slots, bias, present)
+
+
+def _check_slots(slots: Tensor, weight: Tensor) -> None:
+    """Raise ValueError where these are not slots of the weight, as `allocate` makes them."""
+    words = Layout.of(weight).words
+    fits = slots.shape[1:] == (words,) and slots.dtype == torch.int32 and slots.is_contiguous()
+    if not fits or weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
+        raise ValueError(
+            f"slots {tuple(slots.shape)} of {slots.dtype} do not fit a weight {tuple(weight.shape)} of "
+            f"{weight.dtype}: they must be (count, {words}) of int32, and it bfloat16 or float16, contiguous"
+        )
 
 
 @dataclass(frozen=True)

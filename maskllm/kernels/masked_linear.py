@@ -32,8 +32,10 @@ def backend(device: torch.device) -> ModuleType | None:
         return None
     module = cpu if device.type == "cpu" else gpu
     if forced and forced not in cpu.available():
-        have = ", ".join(["reference", *cpu.available()])
-        raise NoBackend(f"MASKLLM_BACKEND={forced} is not on this machine, which has {have}")
+        have, why = ", ".join(["reference", *cpu.available()]), cpu.missing().get(forced)
+        raise NoBackend(
+            f"MASKLLM_BACKEND={forced} is not on this machine, which has {have}" + (f": {why}" if why else "")
+        )
     if forced and module is cpu:
         cpu.use(forced)
     return None if module.why_not() else module
@@ -53,7 +55,10 @@ def chosen() -> dict[str, str]:
         use[device] = f"reference: {reason}" if reason else module.using()
     if not use["cpu"].startswith("reference") and cpu.calibrate():
         use["cpu, measured now"] = cpu.choices()
-    return use | {"cpu could use": ", ".join(["reference", *cpu.available()])}
+    use["cpu could use"] = ", ".join(["reference", *cpu.available()])
+    if missing := cpu.missing():
+        use["cpu could not use"] = "; ".join(f"{name}: {why}" for name, why in missing.items())
+    return use
 
 
 def allocate(weight: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -72,6 +77,8 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype | None = None) -> Te
         raise NoBackend(f"no {dtype} slots without kernels: {why}")
     if weight.shape[1] % 4:
         raise NoBackend(f"no {dtype} slots for {weight.shape[1]} inputs: 2:4 needs a multiple of 4")
+    if module is cpu and dtype not in cpu.KEPT:
+        raise NoBackend(f"no {dtype} slots on a CPU: kept values are bfloat16 or int8 there")
     if module is gpu and dtype != _exact(weight):
         raise NoBackend(f"no {dtype} slots for {weight.dtype} on a GPU: both must be bfloat16, or float16")
     slots: Tensor = module.allocate(weight, count, dtype)
@@ -91,10 +98,19 @@ def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
 
     `packed` is (out, bytes) uint8 as `maskllm.core.patterns.pack` writes it. Kept values are copied and
     dropped ones left out, never multiplied: a product would leave -0.0 behind and could not mask an infinity.
+    No byte may be 216 or more. Mask files are checked for that where they are read; here only the reference
+    looks, and raises BadPattern.
     """
-    if packed.shape != (weight.shape[0], row_bytes(weight.shape[1] // 4)):
-        raise ValueError(f"packed {tuple(packed.shape)} is no 2:4 mask of a weight {tuple(weight.shape)}")
+    expected = weight.shape[0], row_bytes(weight.shape[1] // 4)
+    if packed.shape != expected or packed.dtype != torch.uint8:
+        raise ValueError(
+            f"packed {tuple(packed.shape)} of {packed.dtype} is no 2:4 mask of a weight "
+            f"{tuple(weight.shape)}: it must be {expected} of uint8"
+        )
+    if not 0 <= slot < len(slots):
+        raise ValueError(f"there is no slot {slot}: there are {len(slots)}, numbered from 0")
     if slots.dtype == torch.bool:
+        _check_slots(slots, weight)
         slots[slot].copy_(expand(unpack(packed, weight.shape[1] // 4)))
     else:
         (cpu if slots.device.type == "cpu" else gpu).fill(slots, slot, weight, packed)
@@ -118,6 +134,9 @@ def multiply(
 
 def reference(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
     """`masked_linear` in plain torch, obviously right; slots are (count, out, in) bool."""
+    cpu.check(x, weight, row_slots, bias)
+    _check_slots(slots, weight)
+    bias = None if bias is None else bias.to(x.dtype)
     out = x.new_empty(x.shape[0], weight.shape[0])
     present = torch.unique(row_slots).tolist()
     if present and not DENSE <= present[0] <= present[-1] < len(slots):
@@ -129,6 +148,14 @@ def reference(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias:
         rows = (row_slots == slot).nonzero().squeeze(1)
         out[rows] = functional.linear(x[rows], effective, bias)
     return out
+
+
+def _check_slots(slots: Tensor, weight: Tensor) -> None:
+    if slots.shape[1:] != weight.shape:
+        raise ValueError(
+            f"slots {tuple(slots.shape)} do not fit a weight {tuple(weight.shape)}: they must be "
+            f"(count, {weight.shape[0]}, {weight.shape[1]})"
+        )
 
 
 torch.library.define(
@@ -156,10 +183,13 @@ def masked_linear(
     """x (rows, in) times the masked weight (out, in) of each row's slot, plus bias -> (rows, out).
 
     `row_slots` (rows,) int32 gives each row's slot, or DENSE; `present` are the slots in it, where the host
-    knows them and no CUDA graph is captured. Inputs that only dropped weights would meet take no part, an
-    infinity or NaN included, by a CPU's kernels and by a GPU's for one row; the reference, and a GPU's for
-    more, multiply them by 0. With int8 slots inputs, too, are rounded to
-    8 bits, by each row's largest; a row that is not finite then answers NaN.
+    knows them and no CUDA graph is captured. Raises ValueError where arguments do not fit each other.
+
+    An input that only dropped weights would meet takes no part, an infinity or NaN included, where a CPU's
+    kernels multiply slot by slot, and by a GPU's for one row. All else multiplies it by 0: the reference, a
+    GPU's kernels for more rows, and a CPU's where rows are many enough for a weight made dense, or where
+    avx512-bf16 reads the dense weight once for bfloat16 rows of several masks. With int8 slots inputs, too,
+    are rounded to 8 bits, by each row's largest; a row that is not finite then answers NaN.
     """
     out: Tensor = torch.ops.maskllm.masked_linear(x, weight, slots, row_slots, bias, present)
     return out

@@ -81,7 +81,10 @@ class MaskedLinearMethod(UnquantizedLinearMethod):
 
         As torch's own parameter: each use of vLLM's, a subclass with `__torch_function__`, takes 3 us.
         """
-        layer.weight = nn.Parameter(layer.get_parameter("weight").data, requires_grad=False)
+        weight = layer.get_parameter("weight").data
+        if weight.device.type == "cpu" and not cpu.why_not():
+            weight = cpu.in_big_pages(weight)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.ops.maskllm.layer(x, layer.weight, layer.slots, bias)

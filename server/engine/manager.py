@@ -77,9 +77,9 @@ class MaskManager:
                 dtype = torch.bool if weight.shape[1] % 4 else self.mask_dtype
                 layer.register_buffer("slots", allocate(weight, self.slots, dtype), persistent=False)
         fast = [each for each in self.layers.values() if each.get_buffer("slots").dtype != torch.bool]
-        choosing = any(layer.get_parameter("weight").dtype == torch.bfloat16 for layer in fast)
-        if self.device.type == "cpu" and choosing and cpu.calibrate():
-            logger.info("measured: %s", cpu.choices())
+        if self.device.type == "cpu" and fast:
+            how = "measured" if cpu.calibrate() else "assumed, as the machine is busy"
+            logger.info("%s: %s", how, cpu.choices())
         slow = len(self.layers) - len(fast)
         if slow:
             logger.warning(

@@ -333,6 +333,7 @@ def test_a_gpu_that_is_not_there_is_said_so(base_folder: Path, text: Path, run: 
         ("verify", "the following arguments are required: FILE"),
         ("inspect", "give a mask file, --kernels or --capacity MODEL"),
         ("inspect mask.safetensors --kernels", "give a mask file, --kernels or --capacity MODEL"),
+        ("bench swap --rounds 1", "--rounds: Input should be greater than or equal to 2"),
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(command: str, message: str, run: Run) -> None:
@@ -353,7 +354,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_example_in_the_help_runs_as_printed(
+def test_the_examples_in_the_help_run_as_printed(
     name: str,
     run: Run,
     tmp_path: Path,
@@ -369,13 +370,15 @@ def test_the_example_in_the_help_runs_as_printed(
     for file in "README.md", "LICENSE":
         shutil.copy(text, tmp_path / file)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASKLLM_BACKEND", "reference")  # or `inspect --kernels` measures, and costs stay so
     code, help_, _ = run(name, "--help")
     assert code == 0
-    example = re.search(rf"maskllm ({name} \w(?:.*\\\n)*.*)", help_)
-    assert example
-    code, out, err = run(*shlex.split(example[1].replace("\\\n", "")), "--json")
-    assert code == 0, err
-    assert json.loads(out)
+    examples = re.findall(rf"maskllm ({name} (?:\w|--)(?:.*\\\n)*.*)", help_)
+    assert len(examples) == (3 if name == "inspect" else 1)
+    for example in examples:
+        code, out, err = run(*shlex.split(example.replace("\\\n", "")), "--json")
+        assert code == 0, err
+        assert json.loads(out)
 
 
 def test_inspect_says_with_which_kernels_masks_would_run_and_why(
@@ -389,6 +392,25 @@ def test_inspect_says_with_which_kernels_masks_would_run_and_why(
     code, _, err = run("inspect", "--kernels")
     assert code == 1
     assert "MASKLLM_BACKEND=abacus is not on this machine, which has reference" in err
+
+
+def test_inspect_says_what_a_processor_lacks_for_the_kernels_that_it_cannot_run(
+    run: Run, figures: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = "fpu avx2 fma avx512bw avx512dq avx512vl avx512_vbmi2"
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "available", lambda: ["avx2", "portable"])
+    monkeypatch.setenv("MASKLLM_BACKEND", "reference")
+    assert figures("inspect", "--kernels")["cpu could not use"] == (
+        "avx512-bf16: this processor has no avx512_bf16, avx512_vnni; "
+        "avx512: this processor has no avx512_vnni"
+    )
+    monkeypatch.setenv("MASKLLM_BACKEND", "avx512")
+    code, _, err = run("inspect", "--kernels")
+    assert code == 1
+    assert "MASKLLM_BACKEND=avx512 is not on this machine, which has reference, avx2, portable: " in err
+    assert err.endswith(": this processor has no avx512_vnni\n")
 
 
 @pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))

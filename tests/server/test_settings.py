@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 from pydantic_settings import CliApp
+from running import Server
 
+from maskllm.capacity import Capacity
+from server.__main__ import _memory
 from server.engine import client
 from server.settings import Settings
 
@@ -96,6 +99,21 @@ def test_more_than_memory_holds_is_refused_at_start_with_the_sum(tmp_path):
     )
     assert needed == pytest.approx(base + 100_000 * slot + packed + kv + programs, rel=0.02)
     assert needed > free
+
+
+def test_what_memory_holds_is_logged_at_start_as_the_api_tells_it(server: Server):
+    with server.client() as api:
+        capacity = api.get("/v1/capacity").json()
+    assert capacity["packed"]["limit"] > 0
+    assert f"+ {capacity['packed']['limit']} packed masks of " in capacity["sum"]
+    assert f"INFO maskllm: memory: {capacity['sum']}\n" in server.log.read_text()
+
+
+def test_what_each_gpu_holds_is_logged_beside_the_hosts_packed_masks():
+    host, gpu = Capacity(0, 0, 1, 0, 9, programs=1), Capacity(100, 10, 0, 50, 999, programs=0)
+    host_sum, gpu_sum = _memory(host, gpu, slots=3, packed=7).split("; GPU: ")
+    assert host_sum.startswith("base 0.0 MB + 3 slots of 0.0 MB + 7 packed masks of ")
+    assert gpu_sum == gpu.sum(3, 0)
 
 
 def test_more_slots_than_a_gpu_holds_are_refused_at_start_with_the_sum(tmp_path, monkeypatch):

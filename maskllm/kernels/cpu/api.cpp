@@ -365,7 +365,8 @@ struct Costs {  // in ns for 64 weights
     double slot = 3.2, slot_row = 0.55;  // of a slot at least, by reading it; and of each of its rows
     double once = 7, fixed = 8;          // of the dense weight read once for several masks, at least; and before any row
     double once_row = 0.45, once_mask = 1;
-    double dense_rows = 32;  // more dense rows than this are faster as one product of torch's
+    double dense_rows = 32;      // more dense rows than this are faster as one product of torch's
+    double sparse_rows = 1 << 30;  // and more rows of one mask by its weight made dense: none of Zen 4's
 } costs;
 
 // Several masks in a batch: each slot for its rows, or the dense weight read once for all.
@@ -581,9 +582,35 @@ void maskllm_quantize(uint8_t* slot, const void* weight, int weight_type, long w
         }
 }
 
-// Whether `maskllm_multiply` leaves none of these rows.
+// A bf16 slot's weight (outs, columns) with zeros where nothing is kept, as fp32 or bf16.
+void maskllm_expand(const uint8_t* slot, void* out, int out_type, long outs, long columns, int threads) {
+    const Shape s(outs, columns);
+    const uint8_t *masks = slot + masks_at(s, BF16), *values = slot + values_at(s, BF16);
+#pragma omp parallel for num_threads(threads)
+    for (size_t q = 0; q < s.quads; q++)
+        for (size_t b = 0; b < s.blocks; b++) {
+            const size_t at = place(s, BF16, q, b), count = std::min(COLUMNS, s.columns - b * COLUMNS);
+            for (size_t r = 0; r < std::min(ROWS, s.outs - q * ROWS); r++)
+                for (size_t c = 0; c < count; c += 4) {
+                    uint32_t bits;
+                    std::memcpy(&bits, masks + at * MASK_BYTES + c / 32 * 16 + 4 * r, 4);
+                    const int group = bits >> c % 32 & 7;
+                    uint16_t pair[2], four[4] = {};
+                    std::memcpy(pair, values + at * BF16_BYTES + c / 4 % 8 * 64 + c / 32 * 16 + 4 * r, 4);
+                    four[FIRST[group]] = pair[0], four[SECOND[group]] = pair[1];
+                    const size_t to = (q * ROWS + r) * s.columns + b * COLUMNS + c;
+                    for (size_t i = 0; i < std::min<size_t>(4, count - c); i++)
+                        if (out_type == BF16)
+                            ((uint16_t*)out)[to + i] = four[i];
+                        else
+                            ((float*)out)[to + i] = to_float(four[i]);
+                }
+        }
+}
+
+// Whether `maskllm_multiply` leaves none of these rows, and no others are better left to it.
 bool maskllm_multiplies_all(int x_type, const int32_t* row_slots, long rows, int weight_type) {
-    return !dense_left(is_bf16(x_type, weight_type), row_slots, rows);
+    return rows <= costs.sparse_rows && !dense_left(is_bf16(x_type, weight_type), row_slots, rows);
 }
 
 // Multiply a batch x (rows, columns) by the slot of each row, -1 for dense, into y (rows, outs) of x's type. Returns

@@ -70,8 +70,10 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
                 const uint16_t* four = weight + e % 4 * weight_stride + e / 4 * 32 + 8 * j + 4 * half;
                 const float scale = inverse_scales[e % 4];
                 int8_t* pair = (int8_t*)values + 64 * j + 4 * e + 2 * half;
-                pair[0] = int8_t(std::lrintf(to_float(four[FIRST[group]]) * scale));
-                pair[1] = int8_t(std::lrintf(to_float(four[SECOND[group]]) * scale));
+                for (int i = 0; i < 2; i++) {
+                    const float steps = to_float(four[i ? SECOND[group] : FIRST[group]]) * scale;
+                    pair[i] = int8_t(std::lrintf(std::fmax(std::fmin(steps, 127.f), -127.f)));  // an infinity saturates
+                }
             }
 }
 

@@ -47,7 +47,7 @@ class Layer:
         assert got.dtype == x.dtype
         # A unit in the last of 8 bits (the interpreter cuts bf16 off, a GPU rounds) or half a unit in the
         # last of 11 (fp16); and the order of a sum in fp32.
-        rtol = 2**-7 if x.dtype == torch.bfloat16 else 2**-11
+        rtol = 2**-7 if torch.bfloat16 in (x.dtype, self.weight.dtype) else 2**-11
         torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=1e-4)
         return got
 
@@ -69,6 +69,43 @@ def test_every_number_of_rows_is_answered(rows):
     layer, x = Layer(8, 396, count=2), torch.randn(rows, 396, dtype=torch.bfloat16)
     for first in (0, 1):  # dense rows first, or masked ones
         layer.check(x, mixed(rows + 1, 2)[first:][:rows])
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "present"),
+    [([DENSE], (DENSE,)), ([1], None), ([0, DENSE], None), ([1] * 65, (1,)), ([1] * 65, None)],
+)
+def test_inputs_and_a_bias_of_another_dtype_are_multiplied_in_the_weights(rows, present, other):
+    layer, bias = Layer(8, 12, count=2), torch.randint(-8, 8, (8,)).float()
+    layer.check(torch.randint(-8, 8, (len(rows), 12)).to(other), rows, bias, present)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": torch.ones(2, 48).bfloat16()}, r"x \(2, 48\) .* a weight \(8, 44\): .* \(rows, 44\)"),
+        ({"row_slots": torch.zeros(5).int()}, r"row_slots \(5,\) do not fit a weight \(8, 44\)"),
+        ({"bias": torch.ones(4).bfloat16()}, r"bias \(4,\) does not fit .* it must be \(8,\)"),
+        ({"x": torch.ones(2, 44, dtype=torch.int8)}, "x is torch.int8: it must be float32"),
+        ({"weight": torch.ones(64, 44).bfloat16()}, r"slots .* do not fit a weight \(64, 44\)"),
+        ({"weight": torch.ones(8, 44)}, r"slots .* do not fit a weight \(8, 44\) of torch.float32"),
+        ({"weight": torch.ones(44, 8).bfloat16().t()}, r"slots .* do not fit a weight \(8, 44\)"),
+    ],
+)
+def test_arguments_that_do_not_fit_each_other_are_refused(wrong, message):
+    layer = Layer(8, 44)
+    fit = {"x": torch.ones(2, 44).bfloat16(), "weight": layer.weight, "slots": layer.slots}
+    fit |= {"row_slots": torch.zeros(2).int(), "bias": None}
+    assert gpu.linear(**fit).shape == (2, 8)
+    with pytest.raises(ValueError, match=message):
+        gpu.linear(**fit | wrong)
+
+
+def test_a_mask_is_not_written_into_slots_of_another_weight():
+    weight = torch.ones(64, 44).bfloat16()
+    with pytest.raises(ValueError, match=r"slots .* do not fit a weight \(64, 44\)"):
+        gpu.fill(Layer(8, 44).slots, 0, weight, pack(encode(best(weight))))
 
 
 @pytest.mark.parametrize("rows", [5, 70])

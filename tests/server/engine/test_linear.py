@@ -1,5 +1,7 @@
 """The layer's operator: what its C++ does by itself is what its Python, which does everything, answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +46,19 @@ def both(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> tuple
         ours = torch.ops.maskllm.layer(x, weight, slots, bias)
     called = any(event.name == "maskllm::any_layer" for event in profiled.events())
     return ours, torch.ops.maskllm.any_layer(x, weight, slots, bias), called
+
+
+def test_more_rows_than_the_kernels_are_best_for_are_left_to_python():
+    x, weight, slots = arguments(torch.float32, torch.bfloat16, 9)
+    costs = cpu.costs()
+    cpu.set_costs(replace(costs, sparse_rows=8))
+    try:
+        begin_step([0] * 9, CPU)
+        ours, theirs, called = both(x, weight, slots, None)
+    finally:
+        cpu.set_costs(costs)
+    assert called
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bfloat16, torch.int8])
