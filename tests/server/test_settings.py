@@ -131,6 +131,14 @@ def test_more_slots_than_a_gpu_holds_are_refused_at_start_with_the_sum(tmp_path,
         client._capacity(many, base, args)
 
 
+def test_a_head_in_8_bits_is_refused_without_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKLLM_BACKEND", "reference")
+    base = Path(__file__).parents[2] / "examples/demo/base"
+    settings = Settings(model=str(base), masks=tmp_path, head_dtype="int8")
+    with pytest.raises(client.BadOptions, match="--head-dtype int8 needs the CPU's kernels"):
+        client.arguments(settings, base)
+
+
 def test_a_model_that_cannot_be_compiled_is_not_compiled_by_force(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     base = Path(__file__).parents[2] / "examples/demo/base"
