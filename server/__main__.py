@@ -37,7 +37,8 @@ async def run(settings: Settings) -> None:
         limit = settings.packed or engine.capacity.most_packed(settings.slots)
         masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit, metrics)
         masks.scan()
-        logger.info("memory: %s", _memory(engine.capacity, engine.gpu, settings.slots, limit))
+        packed = min(limit, len(masks.known))
+        logger.info("memory: %s", _memory(engine.capacity, engine.gpu, settings.slots, packed))
         access = Access(keys, settings.max_waiting or 2 * engine.batch)
         app = await create_app(engine, masks, metrics, access, settings)
         await masks.restore()
@@ -48,7 +49,7 @@ async def run(settings: Settings) -> None:
 
 
 def _memory(host: Capacity, gpu: Capacity | None, slots: int, packed: int) -> str:
-    """What base, slots, KV and so many packed masks take, as /v1/capacity sums it up."""
+    """What base, slots, KV and so many packed masks take."""
     return host.sum(slots, packed) + (f"; GPU: {gpu.sum(slots, 0)}" if gpu else "")
 
 

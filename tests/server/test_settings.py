@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 from pydantic_settings import CliApp
-from running import Server
+from running import MASKS, SLOTS, Server
 
 from maskllm.capacity import Capacity
 from server.__main__ import _memory
@@ -101,12 +101,17 @@ def test_more_than_memory_holds_is_refused_at_start_with_the_sum(tmp_path):
     assert needed > free
 
 
-def test_what_memory_holds_is_logged_at_start_as_the_api_tells_it(server: Server):
+def test_what_memory_holds_is_logged_at_start(server: Server):
+    """With the masks of the folder: the demo's and the victim; no more are packed for now."""
     with server.client() as api:
-        capacity = api.get("/v1/capacity").json()
-    assert capacity["packed"]["limit"] > 0
-    assert f"+ {capacity['packed']['limit']} packed masks of " in capacity["sum"]
-    assert f"INFO maskllm: memory: {capacity['sum']}\n" in server.log.read_text()
+        held = api.get("/v1/capacity").json()
+    line = next(line for line in server.log.read_text().splitlines() if "INFO maskllm: memory: " in line)
+    taken, free = line.partition(" = ")[0], held["sum"].rpartition(" and ")[2]
+    assert f" + {SLOTS} slots of " in taken
+    assert f" + {len(list(MASKS.glob('*.safetensors'))) + 1} packed masks of " in taken
+    assert "memory: base " in taken
+    assert " + KV " in taken
+    assert line.endswith(free)
 
 
 def test_what_each_gpu_holds_is_logged_beside_the_hosts_packed_masks():

@@ -1,7 +1,6 @@
 """What `--mask-dtype int8` and `--head-dtype int8` round, an answer stays near."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
