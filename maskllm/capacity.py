@@ -89,6 +89,11 @@ def measure_gpu(
     return Capacity(base // ranks, slot // ranks, packed=0, kv=kv, free=free, programs=0)
 
 
+def memory(host: Capacity, gpu: Capacity | None, slots: int, packed: int) -> str:
+    """What so many slots and packed masks take, with all else, of the host's memory and of a GPU's."""
+    return host.sum(slots, packed) + (f"; GPU: {gpu.sum(slots, 0)}" if gpu else "")
+
+
 def _base(folder: Path, dtype: torch.dtype | None) -> tuple[int, list[tuple[int, int]], tuple[int, int]]:
     """Bytes of a checkpoint's weights, the shapes of those that a mask covers, and of the head."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import CliApp
 
-from maskllm.capacity import Capacity
+from maskllm.capacity import memory
 from maskllm.core.base import BadBase, find, read_base
 from server import logs
 from server.access import Access, BadKeys, read_keys
@@ -38,7 +38,7 @@ async def run(settings: Settings) -> None:
         masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit, metrics)
         masks.scan()
         packed = min(limit, len(masks.known))
-        logger.info("memory: %s", _memory(engine.capacity, engine.gpu, settings.slots, packed))
+        logger.info("memory: %s", memory(engine.capacity, engine.gpu, settings.slots, packed))
         access = Access(keys, settings.max_waiting or 2 * engine.batch)
         app = await create_app(engine, masks, metrics, access, settings)
         await masks.restore()
@@ -46,11 +46,6 @@ async def run(settings: Settings) -> None:
         if aside:
             doors.append((monitor(engine, metrics), aside))
         await engine.serve(doors, masks.restore, settings.grace_s)
-
-
-def _memory(host: Capacity, gpu: Capacity | None, slots: int, packed: int) -> str:
-    """What base, slots, KV and so many packed masks take."""
-    return host.sum(slots, packed) + (f"; GPU: {gpu.sum(slots, 0)}" if gpu else "")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from maskllm.capacity import Capacity
+from maskllm.capacity import Capacity, memory
 from server.access import ADMIN, Caller, User
 from server.errors import BadMaskName, BadSource, RefusedMask, UnknownMask
 from server.masks import SUFFIX, Mask, MaskCard, Masks
@@ -193,7 +193,7 @@ def routes(masks: Masks, capacity: Capacity, gpu: Capacity | None) -> APIRouter:
             gpu=gpu,
             slots=Slots(total=masks.slots, used=used, pinned=pinned, most=(gpu or capacity).most_slots()),
             packed=Packed(limit=masks.limit, used=len(masks.packed), known=len(masks.known)),
-            sum=capacity.sum(masks.slots, masks.limit) + (f"; GPU: {gpu.sum(masks.slots, 0)}" if gpu else ""),
+            sum=memory(capacity, gpu, masks.slots, masks.limit),
         )
 
     return router

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 from running import MASKS, SLOTS, Server
 
-from maskllm.capacity import Capacity
-from server.__main__ import _memory
+from maskllm.capacity import Capacity, memory
 from server.engine import client
 from server.settings import Settings
 
@@ -116,7 +115,7 @@ def test_what_memory_holds_is_logged_at_start(server: Server):
 
 def test_what_each_gpu_holds_is_logged_beside_the_hosts_packed_masks():
     host, gpu = Capacity(0, 0, 1, 0, 9, programs=1), Capacity(100, 10, 0, 50, 999, programs=0)
-    host_sum, gpu_sum = _memory(host, gpu, slots=3, packed=7).split("; GPU: ")
+    host_sum, gpu_sum = memory(host, gpu, slots=3, packed=7).split("; GPU: ")
     assert host_sum.startswith("base 0.0 MB + 3 slots of 0.0 MB + 7 packed masks of ")
     assert gpu_sum == gpu.sum(3, 0)
 
