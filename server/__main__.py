@@ -32,7 +32,9 @@ async def run(settings: Settings) -> None:
     base, metrics = read_base(folder), Metrics()
     logs.write_to(settings.log_requests)
     # Bound before the engine starts, as the other port is.
-    aside = socket.create_server((settings.host, settings.metrics_port)) if settings.metrics_port else None
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    door = (settings.host, settings.metrics_port)
+    aside = socket.create_server(door, family=family) if settings.metrics_port else None
     with start(settings, folder, metrics) as (engine, sock):
         limit = settings.packed or engine.capacity.most_packed(settings.slots)
         masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit, metrics)
@@ -45,7 +47,7 @@ async def run(settings: Settings) -> None:
         doors = [(app, sock)]
         if aside:
             doors.append((monitor(engine, metrics), aside))
-        await engine.serve(doors, masks.restore, settings.grace_s)
+        await engine.serve(doors, masks, settings.grace_s)
 
 
 def main() -> None:

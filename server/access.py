@@ -40,6 +40,8 @@ class Key(BaseModel, extra="forbid", frozen=True):
 
 OPEN = frozenset({"/", "/health", "/openapi.json", "/metrics"})
 """Paths that need no key, or look at it by themselves, and take no body."""
+COMPUTING = frozenset({"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
+"""Paths whose requests count against the limits of keys and server."""
 ANYONE = Key(id="anyone", sha256="0" * 64, role="use")
 """Who asks a server that has no keys."""
 
@@ -152,10 +154,19 @@ class Access:
             raise InvalidKey("this API key is not one of the server's")
         return found[0]
 
-    def recognise(self, scope: Scope) -> None:
-        """Enter a request's caller on its scope. Raises InvalidKey."""
-        if scope["path"] not in OPEN:
-            scope["caller"] = self.who(key_of(Request(scope)))
+    def admit(self, scope: Scope) -> None:
+        """Enter a request's caller on its scope and log line, and take a turn of its key's where it computes.
+
+        Raises InvalidKey, RateLimited or Overloaded.
+        """
+        if scope["path"] in OPEN:
+            return
+        scope["caller"] = caller = self.who(key_of(Request(scope)))
+        if entry := CURRENT.get():
+            entry.key, entry.charge = caller.key.id, caller.charge
+        if scope["path"] in COMPUTING:
+            self.check_room()
+            scope["held"].enter_context(caller.turn())
 
     def check_room(self) -> None:
         """Raise Overloaded where no more requests are taken."""
@@ -163,32 +174,31 @@ class Access:
             raise Overloaded(f"the server has {self.waiting} requests in flight and takes no more at a time")
 
     @contextmanager
-    def turn(self, caller: Caller) -> Iterator[None]:
-        """One request of a caller. Raises RateLimited or Overloaded where it cannot be taken now."""
+    def room(self) -> Iterator[None]:
+        """One request whose body is here: slow ones take no room. Raises Overloaded where there is none."""
         self.check_room()
-        with caller.turn():
-            self.waiting += 1
-            try:
-                yield
-            finally:
-                self.waiting -= 1
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
 
 
 class Gate:
-    """ASGI middleware: what `check` raises for a request is its answer, and its body stays unread.
+    """ASGI middleware: who is not admitted is told so, and the body stays unread.
 
     To read and check ten requests that are then refused would take the time of the one that is answered, and
     strangers' bodies are nothing to keep.
     """
 
-    def __init__(self, app: ASGIApp, check: Callable[[Scope], None]) -> None:
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self.app = app
-        self.check = check
+        self.access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self.check(scope)
+                self.access.admit(scope)
             except ServerError as error:
                 refusal = await handle(Request(scope), error)
                 await refusal(scope, receive, send)
@@ -211,10 +221,8 @@ class Bearer(SecurityBase):
 
 class Use(Bearer):
     async def __call__(self, request: Request) -> Caller:
-        """The route's caller, who has a key if the server has any. Raises InvalidKey."""
+        """The route's caller, who has a key if the server has any."""
         caller: Caller = request.scope["caller"]
-        if entry := CURRENT.get():
-            entry.key, entry.charge = caller.key.id, caller.charge
         return caller
 
 
@@ -251,12 +259,11 @@ class Turn:
 
 class TakeTurn(Bearer):
     async def __call__(self, request: Request) -> Turn:
-        """The turn of a route that computes. Raises InvalidKey, RateLimited or Overloaded."""
-        caller = await use(request)
+        """The turn of a route that computes. Raises Overloaded."""
         access: Access = request.app.state.access
         held: ExitStack = request.scope["held"]
-        held.enter_context(access.turn(caller))
-        return Turn(caller, held)
+        held.enter_context(access.room())
+        return Turn(request.scope["caller"], held)
 
 
 User = Annotated[Caller, Depends(use)]

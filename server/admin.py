@@ -186,8 +186,7 @@ def routes(masks: Masks, capacity: Capacity, gpu: Capacity | None) -> APIRouter:
     @router.get("/capacity", dependencies=[ADMIN])
     async def show_capacity() -> CapacityCard:
         """What each thing takes, and how many masks fit where."""
-        used = len((await masks.engine.stats()).get("slots", {}))
-        pinned = len(masks.names.pinned & masks.known.keys())
+        used, pinned = len((await masks.engine.stats()).get("slots", {})), len(masks.names.pinned)
         return CapacityCard(
             bytes=capacity,
             gpu=gpu,

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from server import admin, bounds, errors, page
-from server.access import Access, Caller, Gate, Look, Turn, User, UserTurn, use
+from server.access import COMPUTING, Access, Caller, Gate, Look, Turn, User, UserTurn, use
 from server.engine.client import Engine, EngineGone
 from server.engine.openai import (
     ChatCompletionRequest,
@@ -83,6 +83,7 @@ async def create_app(
     async def check(request: BaseModel, raw_request: Request) -> None:
         if not settings.lenient:
             await refuse_loose(request, raw_request)
+        bounds.check_texts(await raw_request.json(), engine.most_characters)
 
     async def respond(
         request: CompletionRequest | ChatCompletionRequest,
@@ -204,11 +205,9 @@ async def create_app(
         _add_metrics(app, engine, metrics, [] if settings.open_metrics else [Depends(Look())])
     app.state.access = access
     app.add_middleware(bounds.BodyLimit, most=settings.max_body_bytes)
-    app.add_middleware(Gate, check=access.recognise)
-    computing = {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
-    app.add_middleware(Gate, check=lambda scope: access.check_room() if scope["path"] in computing else None)
+    app.add_middleware(Gate, access=access)
     await engine.mount(app)  # vLLM's middleware, too: browsers ask without a key whether they may (CORS)
-    app.add_middleware(RequestLog, metrics=metrics, paths=computing)  # last, and so around all
+    app.add_middleware(RequestLog, metrics=metrics, paths=COMPUTING)  # last, and so around all
     errors.register(app)
     for death in (EngineDeadError, EngineGone):
         app.add_exception_handler(death, errors.handle_death)

@@ -2,8 +2,10 @@
 
 from asyncio import TimerHandle
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_json
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +22,14 @@ MAX_HEADER_BYTES = 64 * 1024
 SMALL_BODY_BYTES = 64 * 1024
 LARGE_BODIES, LARGE_BODIES_A_KEY = 64, 16
 """How many bodies of the largest size are held at a time, of all and of each key; small ones do not count."""
+MOST = {"allowed_token_ids": 1024, "logit_bias": 1024, "stop_token_ids": 120}
+"""What vLLM's engine takes of them on a GPU, where it ends at one more."""
+MAX_BAD_CHARACTERS = 16 * 1024
+MAX_GRAMMAR_BYTES = 256 * 1024
+"""vLLM reads bad words and grammars, once for each prompt, while every other request waits."""
+GRAMMARS = ("structured_outputs", "response_format", "tools")
+SLOWEST = 1024
+"""Bytes a second that a body brings at least, once PATIENCE_S have passed."""
 PATIENCE_S = 30
 """Seconds that a client may take for its headers, between two pieces of its body, and to read on."""
 
@@ -83,13 +93,17 @@ class BoundedHttp(HttpToolsProtocol):
     """Runs out while a request is not here to its end."""
     _writing: TimerHandle | None = None
     """Runs out while the client reads nothing, and has enough to read."""
+    _began = 0.0
+    """When the connection was made, or its present request began."""
     _headers = 0
     """Bytes of the request's headers, and of the trailers after its body."""
+    _body = 0
     _pending = 0
     """Bytes received since the parser last made anything of them."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._began = self.loop.time()
         self._await_more()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -113,7 +127,8 @@ class BoundedHttp(HttpToolsProtocol):
             self.send_400_response(f"Headers may have {MAX_HEADER_BYTES} bytes.")
 
     def on_message_begin(self) -> None:
-        self._headers = 0
+        self._headers = self._body = 0
+        self._began = self.loop.time()
         self._await_more()
         super().on_message_begin()
 
@@ -131,6 +146,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._pending = 0
+        self._body += len(body)
         self._await_more()
         super().on_body(body)
 
@@ -141,7 +157,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _await_more(self) -> None:
         self._await_no_more()
-        self._reading = self.loop.call_later(self.patience_s, self._give_up)
+        left = self._began + self._body / SLOWEST + self.patience_s - self.loop.time()
+        self._reading = self.loop.call_later(min(left, self.patience_s), self._give_up)
 
     def _await_no_more(self) -> None:
         if self._reading:
@@ -149,6 +166,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         if self.flow.read_paused:  # it is we who do not read
+            self._began = self.loop.time()
             self._await_more()
         else:
             self.transport.close()
@@ -159,7 +177,7 @@ def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settin
     prompt = getattr(request, "prompt", None)
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     n = request.n or 1
-    asked = (
+    asked = [
         ("n", request.n, settings.max_n, "answers to a prompt"),
         ("best_of", getattr(request, "best_of", None), settings.max_n, "answers to a prompt"),
         ("max_tokens", request.max_tokens, settings.max_completion_tokens, "tokens of an answer"),
@@ -170,7 +188,39 @@ def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settin
             "tokens of an answer",
         ),
         ("prompt", prompts * n, settings.max_prompts, f"answers ({prompts} prompts times n={n})"),
-    )
-    for param, value, most, what in asked:
-        if isinstance(value, int) and most and value > most:
-            raise TooMuch(f"{value} {what} are too many: this server gives at most {most}", param)
+    ]
+    for param, most in MOST.items():
+        if value := getattr(request, param, None):
+            asked.append((param, len(value), most, f"entries of {param}"))
+    if request.bad_words:
+        characters = prompts * sum(map(len, request.bad_words))
+        asked.append(("bad_words", characters, MAX_BAD_CHARACTERS, "characters, of all prompts,"))
+    for param in GRAMMARS:
+        if value := getattr(request, param, None):
+            size = prompts * len(to_json(value))
+            asked.append((param, size, MAX_GRAMMAR_BYTES, "bytes, of all prompts,"))
+    for param, number, limit, what in asked:
+        if isinstance(number, int) and limit and number > limit:
+            raise TooMuch(f"{number} {what} are too many: this server gives at most {limit}", param)
+
+
+def check_texts(body: dict[str, Any], most: int) -> None:
+    """Raise TooMuch where a text of a JSON body is longer than any prompt, before all of it is tokenized."""
+    prompt = body.get("prompt")
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    contents = [message.get("content") for message in body.get("messages") or []]
+    sizes = {
+        "prompt": max((len(text) for text in prompts if isinstance(text, str)), default=0),
+        "messages": sum(len(text) for content in contents for text in _texts(content)),
+    }
+    for param, size in sizes.items():
+        if size > most:
+            raise TooMuch(f"{size} characters are too many: this model's prompts have at most {most}", param)
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """The texts of a message's content, which may come in parts."""
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            yield text

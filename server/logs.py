@@ -16,15 +16,21 @@ from typing import Any
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.errors import body
 from server.metrics import Finished, Metrics
 
 logger = logging.getLogger("maskllm.requests")
 
 ID = re.compile(r"[\x21-\x7e]{1,128}")
+REPLACED = (b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank")
+"""Headers that vLLM reads and fails at where they are not its own; a priority is the body's to give."""
 CLIENT_GONE = 499
 """The status in the log of an answer that its client did not wait for; nginx's."""
+SERVER_FAULT = 500, "the server failed at this request; its log has more"
+BEING_STOPPED = 503, "the server is being stopped, and did not finish this request"
 
 
 @dataclass
@@ -105,7 +111,7 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         id = given if ID.fullmatch(given) else uuid4().hex
         entry = Entry(id, write=partial(self._end, scope))
-        others = [header for header in scope["headers"] if header[0] != b"x-request-id"]
+        others = [header for header in scope["headers"] if header[0] not in REPLACED]
         # vLLM names the request after this header, in the answer's id and in its own log and traces.
         held = ExitStack()
         scope = {**scope, "held": held, "headers": [*others, (b"x-request-id", entry.id.encode())]}
@@ -130,6 +136,11 @@ class RequestLog:
             try:
                 with held:
                     await self.app(scope, watched, answer)
+            except BaseException as error:
+                if entry.status is None:  # what answers it further out would not say the id
+                    status, why = SERVER_FAULT if isinstance(error, Exception) else BEING_STOPPED
+                    await JSONResponse(body(status, why, None), status)(scope, receive, answer)
+                raise
             finally:
                 CURRENT.reset(token)
                 entry.e2e_s = time.monotonic() - begin

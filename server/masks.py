@@ -40,6 +40,8 @@ SUFFIX = ".safetensors"
 ROOM_WAIT_S = 5.0
 """How long a mask waits for a place in host memory before its request is refused."""
 ROOM_POLL_S = 0.02
+ABANDONED_S = 3600
+"""A file that is being written is left alone by a start for so long after its last piece."""
 
 
 @dataclass
@@ -199,7 +201,8 @@ class Masks:
         """Register every mask file of the folder; one that cannot be used is logged and left out."""
         for left in self.folder.glob(f"*{PARTIAL}"):
             with suppress(OSError):
-                left.unlink()
+                if left.stat().st_mtime < time.time() - ABANDONED_S:  # else it may be another server's
+                    left.unlink()
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             name = os.fsencode(path.name).decode(errors="replace").removesuffix(SUFFIX)  # answers are UTF-8
             try:
@@ -210,11 +213,14 @@ class Masks:
                 logger.warning("refused %s: %s", path.name, error)
         logger.info("masks: %s", ", ".join(self.known) or "none found")
 
+    def lose(self) -> None:
+        """The engine has died: no mask is in its memory any more."""
+        self._lost |= self.packed  # an engine that died before it had them all has left some here
+        self.packed.clear()
+
     async def restore(self) -> None:
         """Bring a new engine to where the last was: pinned masks into slots, packed ones into its memory."""
-        pinned = {mask.id: mask for name, mask in self.known.items() if name in self.names.pinned}
-        self._lost |= self.packed | pinned  # of an engine that died before it had them all, too
-        self.packed.clear()
+        self._lost |= {mask.id: mask for name, mask in self.known.items() if name in self.names.pinned}
         for mask in list(self._lost.values()):
             async with self._locks[mask.name]:
                 if self._is_current(mask):
@@ -312,13 +318,19 @@ class Masks:
             del self.known[mask.name]
         await self._unload(mask)
         if mask.name not in self.known:  # published anew while its last request was answered
+            if self._locks[mask.name].free:
+                del self._locks[mask.name]
             await self.engine.forget(mask.name)
 
     async def pin(self, name: str, pinned: bool) -> Mask:
         """Keep a mask resident in a slot, or no longer.
 
-        Raises NoRoom where no slot would be left, or UnknownMask where it was replaced in the meantime.
+        Raises NoRoom where no slot would be left, or UnknownMask where it was replaced in the meantime. The
+        pin of a mask whose file has gone counts, as it may come back; unpinned, UnknownMask says so.
         """
+        if not pinned and name in self.names.pinned - self.known.keys():
+            self.names.pin(name, False)
+            raise UnknownMask(f"no mask {name!r}, and no pin of that name any more")
         mask = self.names.mask(name)
         async with self._locks[mask.name]:
             self._check_current(mask)
@@ -344,7 +356,7 @@ class Masks:
         if len(others) + 1 >= self.slots:
             raise NoRoom(
                 f"{len(others)} masks are pinned in {self.slots} slots, and one must be left for the "
-                "others: unpin one, or start with more --slots"
+                f"others: unpin one of {', '.join(sorted(others))}, or start with more --slots"
             )
 
     async def load(self, name: str) -> Mask:

@@ -10,7 +10,7 @@ import sysconfig
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
@@ -34,11 +34,12 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.inputs import split_enc_dec_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreRequest
@@ -47,6 +48,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
 from maskllm.capacity import Capacity, measure, measure_gpu
@@ -57,7 +59,7 @@ from server.engine.openai import streamed_error
 from server.engine.plugin import register
 from server.errors import EngineDown
 from server.logs import CURRENT
-from server.masks import Mask
+from server.masks import Mask, Masks
 from server.metrics import Finished, Metrics
 from server.names import DENSE
 from server.settings import Settings
@@ -117,6 +119,12 @@ class MaskedLLM(AsyncLLM):
         return collector
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
+        bad = request.sampling_params.bad_words_token_ids if request.sampling_params else None
+        most = envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+        if (tokens := sum(map(len, bad or []))) > most:  # on a GPU the engine would end at it
+            raise VLLMValidationError(
+                f"bad_words are {tokens} tokens, and may be {most}", parameter="bad_words"
+            )
         try:
             await super()._add_request(request, *args)
         except BaseException:  # as vLLM does where n > 1: it would keep what the engine was never sent
@@ -127,9 +135,25 @@ class MaskedLLM(AsyncLLM):
         self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """Every request passes here. Raises VLLMValidationError at once: a stream can still be a 400."""
+        self._check(sampling_params, kwargs.get("priority", 0))
         self.input_processor._validate_params(sampling_params, self._supported_tasks)
         self.input_processor._validate_model_inputs(*split_enc_dec_input(prompt))
         return self._generate(prompt, sampling_params, request_id, **kwargs)
+
+    def _check(self, params: SamplingParams, priority: int) -> None:
+        """Refuse what vLLM would ignore, or fail at."""
+        config = self.vllm_config
+        if priority and config.scheduler_config.policy != "priority":
+            raise VLLMValidationError(
+                "priority: this server answers in order; it would take --scheduling-policy priority",
+                parameter="priority",
+            )
+        transfers = {"kv": config.kv_transfer_config, "ec": config.ec_transfer_config}
+        for name, connector in ((f"{kind}_transfer_params", each) for kind, each in transfers.items()):
+            given = (params.extra_args or {}).get(name)
+            if given is not None and not (connector and isinstance(given, dict)):
+                why = "an object" if connector else "for servers that share caches, which this one does not"
+                raise VLLMValidationError(f"{name} is {why}", parameter=name)
 
     async def _generate(
         self,
@@ -218,6 +242,12 @@ class Engine:
     def healthy(self) -> bool:
         """Whether requests can be answered."""
         return self.up and not self.llm.errored
+
+    @property
+    def most_characters(self) -> int:
+        """No longer text can be a prompt."""
+        longest = self.llm.renderer.get_tokenizer().max_chars_per_token
+        return int(self.llm.vllm_config.model_config.max_model_len * longest)
 
     @property
     def batch(self) -> int:
@@ -331,13 +361,11 @@ class Engine:
                 middleware.kwargs["expose_headers"] = EXPOSED
         await self._attach()
 
-    async def serve(
-        self, doors: list[tuple[FastAPI, socket]], restored: Callable[[], Awaitable[None]], grace_s: int
-    ) -> None:
+    async def serve(self, doors: list[tuple[FastAPI, socket]], masks: Masks, grace_s: int) -> None:
         """Answer HTTP, each app on its socket, until a signal, or until the engine will not start again.
 
-        A signal closes the doors, lets requests in flight finish for `grace_s` seconds, and ends. `restored`
-        brings the masks into an engine that was started again.
+        A signal closes the doors, lets requests in flight finish for `grace_s` seconds, and ends. An engine
+        that was started again gets the masks of the one before.
         """
         options = {
             "http": BoundedHttp,
@@ -357,7 +385,7 @@ class Engine:
             logger.info("routes: %s", ", ".join(_routes(app)))
         for signal in (SIGINT, SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signal, close)
-        watching = asyncio.create_task(self._watch(restored))
+        watching = asyncio.create_task(self._watch(masks))
         watching.add_done_callback(close)
         await asyncio.gather(
             *(server.serve([sock]) for server, (_, sock) in zip(servers, doors, strict=True))
@@ -373,13 +401,19 @@ class Engine:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
 
-    async def _watch(self, restored: Callable[[], Awaitable[None]]) -> None:
+    async def _watch(self, masks: Masks) -> None:
         """Start the engine again whenever it dies; raises what keeps it from starting."""
+        logged = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_S)
             if not self.llm.errored:
+                if self.llm.log_stats and time.monotonic() >= logged + envs.VLLM_LOG_STATS_INTERVAL:
+                    logged = time.monotonic()
+                    await self.llm.do_log_stats()
                 continue
             self.up, begin = False, time.monotonic()
+            masks.lose()
+            unregister_vllm_metrics()  # gauges would stay as they were: requests wait that are no more
             self.metrics.engine_restarts.inc()
             logger.error("the engine died; starting another")
             # In threads: the door stays open meanwhile, and says that it is down.
@@ -387,7 +421,7 @@ class Engine:
             self.llm = await asyncio.to_thread(self._start)
             try:
                 await self._attach()
-                await restored()
+                await masks.restore()
             except EngineDeadError:
                 continue
             self.up = True
@@ -397,6 +431,7 @@ class Engine:
         """Let vLLM's handlers answer from the present engine."""
         tasks = await self._ask(self.llm.get_supported_tasks())
         await init_app_state(self.llm, self.app.state, self.args, tasks)
+        self.app.state.log_stats = False  # `_watch` does that, of whichever engine there is
         self.adapters = self.app.state.openai_serving_models.lora_requests
         for serving in (self.app.state.openai_serving_completion, self.app.state.openai_serving_chat):
             serving.create_streaming_error_response = streamed_error
@@ -455,8 +490,6 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         "worker-extension-cls": "server.engine.manager.MaskWorker",
         "additional-config": json.dumps(config),
     }
-    if settings.max_completion_tokens:  # for requests that leave it open; others are refused beyond it
-        ours["override-generation-config"] = json.dumps({"max_new_tokens": settings.max_completion_tokens})
     if current_platform.is_cpu():
         # What vLLM compiled ahead of time cannot be loaded again on CPU (0.32.0: a function has no
         # `finalize_loading`), so that each start compiled anew; torch's own cache works: 37 -> 11 s.
@@ -487,7 +520,13 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     if args.distributed_executor_backend == "ray" and not current_platform.ray_device_key:
         name = current_platform.device_type
         raise BadOptions(f"--distributed-executor-backend ray: vLLM has none on {name}: leave the option out")
+    if current_platform.is_cpu() and os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        raise BadOptions("VLLM_CPU_KVCACHE_SPACE: use --kv-cache-memory-bytes, which is summed up at start")
     _check_tls(args)
+    if most := settings.max_completion_tokens:  # where a request leaves it open; it is refused beyond it
+        given = args.override_generation_config
+        tokens = min(most, given.get("max_new_tokens", most))
+        args.override_generation_config = {**given, "max_new_tokens": tokens}
     must = {
         "quantization": NAME,
         "worker_extension_cls": ours["worker-extension-cls"],

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+from contextlib import ExitStack
 from hashlib import sha256
 
 import httpx
@@ -238,12 +239,11 @@ def test_a_request_that_was_refused_is_not_counted():
 
 def test_one_request_more_than_the_server_takes_is_refused_and_the_next_is_not():
     access = Access([key()], max_waiting=1)
-    caller = access.who("secret")
-    with access.turn(caller):
+    with access.room():
         with pytest.raises(Overloaded) as refused:
-            access.turn(caller).__enter__()
+            access.room().__enter__()
         assert refused.value.status == 503
-    with access.turn(caller):
+    with access.room():
         pass
 
 
@@ -253,8 +253,12 @@ async def unread():
 
 
 def ask_the_door(door, path: str, key: str = "", **content) -> httpx.Response:
+    async def holding(scope, receive, send) -> None:
+        with ExitStack() as held:
+            await door({**scope, "held": held}, receive, send)
+
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(door)
+        transport = httpx.ASGITransport(holding)
         async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=bearer(key)) as http:
             return await http.post(path, **content)
 
@@ -265,7 +269,7 @@ def test_a_strangers_body_is_not_read():
     async def app(scope, receive, send) -> None:
         await Response(await Request(scope, receive).body())(scope, receive, send)
 
-    door = Gate(app, Access([key()], max_waiting=1).recognise)
+    door = Gate(app, Access([key()], max_waiting=1))
     for path in ("/v1/aliases/law", "/v1/nothing"):
         assert ask_the_door(door, path, "other", content=unread()).status_code == 401
     refused = ask_the_door(door, "/v1/completions", "other", content=unread())
@@ -280,20 +284,49 @@ def test_where_no_more_is_taken_a_request_that_computes_is_refused_unread_and_ot
         reached.append(scope["path"])
         await Response()(scope, receive, send)
 
-    def check(scope) -> None:
-        if scope["path"] == "/v1/completions":
-            access.check_room()
-
     def ask(path: str, **content) -> httpx.Response:
-        return ask_the_door(Gate(app, check), path, **content)
+        return ask_the_door(Gate(app, access), path, **content)
 
-    with access.turn(access.who(None)):
+    with access.room():
         refused = ask("/v1/completions", content=unread())
         assert ask("/v1/masks").status_code == 200
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     assert refused.json()["error"]["type"] == "server_error"
     assert ask("/v1/completions").status_code == 200
     assert reached == ["/v1/masks", "/v1/completions"]
+
+
+def test_a_key_at_its_limit_is_refused_unread_and_its_request_under_way_counts_from_its_headers_on():
+    door, clock = asyncio.Event(), Clock()
+
+    async def app(scope, receive, send) -> None:
+        await door.wait()  # as for a body that comes slowly
+        await Response()(scope, receive, send)
+
+    gate = Gate(app, Access([key(concurrency=1, requests_per_minute=2)], max_waiting=9, clock=clock))
+
+    async def ask(http: httpx.AsyncClient, content: object) -> httpx.Response:
+        return await http.post("/v1/completions", content=content)
+
+    async def three() -> list[httpx.Response]:
+        async def holding(scope, receive, send) -> None:
+            with ExitStack() as held:
+                await gate({**scope, "held": held}, receive, send)
+
+        transport = httpx.ASGITransport(holding)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://x", headers=bearer("secret")
+        ) as http:
+            slow = asyncio.create_task(ask(http, b"not yet JSON"))
+            await asyncio.sleep(0.01)
+            beside = await ask(http, unread())
+            door.set()
+            return [beside, await slow, await ask(http, b"{"), await ask(http, unread())]
+
+    beside, slow, next_one, third = asyncio.run(three())
+    assert "1 requests in flight" in beside.json()["error"]["message"]
+    assert "2 requests a minute" in third.json()["error"]["message"]  # whatever was in them
+    assert [a.status_code for a in (beside, slow, next_one, third)] == [429, 200, 200, 429]
 
 
 def test_the_third_of_two_requests_a_minute_is_a_429_that_says_when_to_come_back(server: Server):

@@ -298,6 +298,9 @@ def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_s
         time.sleep(max(0, killed + 2 - time.monotonic()))
         assert api.get("/health").status_code == 503
         assert metric(watch, "maskllm_engine_up") == 0
+        assert (
+            "vllm:num_requests_running" not in watch.get("/metrics").text
+        )  # nothing runs, as a gauge would say
         assert api.post("/v1/completions", params={"mask": "legal"}, json=SHORT).status_code == 503
         for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
             refused = api.post(path, json=body)
@@ -308,6 +311,7 @@ def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_s
             assert time.monotonic() - killed < 240
             time.sleep(0.5)
         assert metric(watch, "maskllm_engine_up") == metric(watch, "maskllm_engine_restarts_total") == 1
+        assert "vllm:num_requests_running" in watch.get("/metrics").text
         after = api.post("/v1/completions", params={"mask": "legal"}, json=SHORT)
         assert after.json()["choices"] == before
         again = {mask["id"]: mask["state"] for mask in api.get("/v1/masks").json()["data"]}

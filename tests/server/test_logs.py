@@ -107,6 +107,45 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_a_499_and_leaves_noth
     assert server.log.read_text().count("Traceback") == tracebacks
 
 
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"{", 400), (b" " * (5 << 20), 413)], ids=["no JSON", "too large"]
+)
+def test_a_body_that_is_refused_is_logged_with_its_key(server: Server, body: bytes, status: int):
+    with server.client("acme") as http:
+        headers = {"content-type": "application/json"}
+        answer = http.post("/v1/completions", content=body, headers=headers)
+    assert answer.status_code == status
+    logged = line(server, answer.headers["x-request-id"])
+    assert (logged["status"], logged["key"]) == (status, "acme")
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"), [(OSError("of a secret"), 500), (asyncio.CancelledError(), 503)]
+)
+def test_a_request_that_the_server_fails_at_or_does_not_finish_has_an_id_too(failure, status):
+    sent: list[Message] = []
+
+    async def app(*_: object) -> None:
+        raise failure
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    log = RequestLog(app, Metrics(CollectorRegistry()), paths=[])
+    headers = [(b"x-request-id", b"mine")]
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
+    with pytest.raises(type(failure)):
+        asyncio.run(log(scope, receive, send))
+    start, body = sent
+    assert (start["status"], dict(start["headers"])[b"x-request-id"]) == (status, b"mine")
+    error = json.loads(body["body"])["error"]
+    assert (error["code"], error["type"]) == (status, "server_error")
+    assert "secret" not in error["message"]
+
+
 def test_health_checks_are_not_logged(server: Server):
     probe = uuid4().hex
     with server.client() as http:

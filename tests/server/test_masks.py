@@ -235,10 +235,39 @@ def test_pins_of_masks_whose_files_are_missing_count_too(masks: Masks):
     asyncio.run(masks.pin("legal", True))
     asyncio.run(masks.pin("code", True))
     del masks.known["code"]
-    with pytest.raises(NoRoom, match="2 masks are pinned in 3 slots"):
+    with pytest.raises(NoRoom, match=r"2 masks are pinned in 3 slots, .*: unpin one of code, legal,"):
         asyncio.run(masks.pin("medical", True))
     with pytest.raises(BadState, match="pins 2 masks, and one of 2 slots must be left"):
         Masks(masks.folder, "base", masks.base, Engine(), slots=2, limit=3, metrics=masks.metrics)
+    with pytest.raises(UnknownMask, match="no mask 'code', and no pin of that name any more"):
+        asyncio.run(masks.pin("code", False))
+    asyncio.run(masks.pin("medical", True))
+
+
+def test_a_start_removes_what_a_crash_left_and_not_what_another_server_is_writing(masks: Masks):
+    left, written = (masks.folder / f".{name}.partial" for name in ("left", "written"))
+    for file in (left, written):
+        file.touch()
+    an_hour_ago = time.time() - 3601
+    os.utime(left, (an_hour_ago, an_hour_ago))
+    masks.scan()
+    assert (left.exists(), written.exists()) == (False, True)
+
+
+def test_a_mask_that_is_pinned_while_no_engine_has_it_is_loaded_first(masks: Masks):
+    """Not taken for one that the new engine has, where the last one had it."""
+    asyncio.run(masks.load("legal"))
+    masks.engine = Engine()
+    masks.lose()
+    legal = asyncio.run(masks.pin("legal", True))
+    assert masks.engine.held == masks.engine.pinned == {legal.id}
+
+
+def test_of_names_that_come_and_go_no_lock_stays(masks: Masks):
+    for name in ("a", "b"):
+        put(masks, name, "legal")
+        asyncio.run(masks.delete(name))
+    assert not {"a", "b"} & masks._locks.keys()
 
 
 def test_a_new_engine_gets_what_the_last_one_had_and_nothing_that_was_deleted_meanwhile(masks: Masks):
@@ -246,6 +275,7 @@ def test_a_new_engine_gets_what_the_last_one_had_and_nothing_that_was_deleted_me
         asyncio.run(masks.load(name))
     asyncio.run(masks.pin("legal", True))
     masks.engine = Engine()
+    masks.lose()
 
     async def both() -> None:
         await asyncio.gather(masks.restore(), masks.delete("medical"))
@@ -259,10 +289,12 @@ def test_an_engine_that_dies_before_it_has_all_masks_leaves_them_to_the_next(mas
         asyncio.run(masks.load(name))
     before = set(masks.packed)
     masks.engine = Engine()
+    masks.lose()
     masks.engine.fail = True
     with pytest.raises(Fails):
         asyncio.run(masks.restore())
     masks.engine = Engine()
+    masks.lose()
     asyncio.run(masks.restore())
     assert masks.engine.held == set(masks.packed) == before
 

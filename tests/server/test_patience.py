@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import uvicorn
 
-from server.bounds import BoundedHttp
+from server.bounds import SLOWEST, BoundedHttp
 
 PATIENCE_S = 0.3
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
@@ -75,9 +75,14 @@ def test_headers_that_trickle_in_get_no_more_time():
     assert took < 12 * PATIENCE_S
 
 
-def test_a_body_that_comes_slowly_is_waited_for():
-    _, answer = seconds_until_closed(HEAD, b"a", b"b", b"c", b"d", pause_s=PATIENCE_S / 2)
-    assert answer == b"HTTP/1.1 200"
+def test_a_body_that_comes_slowly_is_waited_for_and_one_that_trickles_in_is_not():
+    pause_s, pieces = PATIENCE_S / 2, 12
+    for size, said in ((int(1.5 * SLOWEST * pause_s), b"HTTP/1.1 200"), (int(0.5 * SLOWEST * pause_s), b"")):
+        head = HEAD.replace(b"Length: 4", b"Length: %d" % (pieces * size))
+        took, answer = seconds_until_closed(head, *[b"a" * size] * pieces, pause_s=pause_s)
+        assert answer == said
+        # half as fast as it may be: the time that each byte gives is half of what it takes
+        assert took < 3 * PATIENCE_S if not said else took > pieces * pause_s
 
 
 def test_a_client_that_does_not_read_its_answer_is_cut_off_and_one_that_reads_slowly_is_not():

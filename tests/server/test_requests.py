@@ -1,6 +1,8 @@
 """Requests that are refused at the door, and the one shape in which every error comes."""
 
+import asyncio
 import json
+from collections import Counter
 
 import openai
 import pytest
@@ -8,12 +10,25 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat
-from running import Server
-from test_api import metric
+from prometheus_client import CollectorRegistry
+from running import BASE, Server
 from test_logs import line
+from transformers import AutoTokenizer
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.v1.worker.gpu.sample.logit_bias import (
+    MAX_NUM_ALLOWED_TOKEN_IDS,
+    MAX_NUM_LOGIT_BIAS_TOKENS,
+    MAX_NUM_STOP_TOKEN_IDS,
+)
 
 from server import errors
+from server.bounds import MOST
+from server.engine.client import MaskedLLM
+from server.engine.openai import status_of
 from server.errors import ServerError
+from server.metrics import Metrics
 from server.strict import ELSEWHERE, StrictRoute
 
 ASK = {"prompt": "The Secretary shall", "max_tokens": 2, "temperature": 0}
@@ -88,6 +103,9 @@ def test_values_of_another_type_are_refused_as_the_schema_says(http):
         (b'{"prompt": "\xff"}', "the body is not JSON"),
         (b"[" * 100_000, "the body is not JSON"),
         (b'{"prompt": "a", "stream_interval": 1180591620717411303424}', "beyond 64 bits"),
+        (b'{"prompt": "a", "vllm_xargs": {"a": [1, 1180591620717411303424]}}', "beyond 64 bits"),
+        (b'{"prompt": "a", "vllm_xargs": {"a": [1, "b", 1180591620717411303424]}}', "beyond 64 bits"),
+        (b'{"prompt": "a", "vllm_xargs": {"a": [1, -1180591620717411303424]}}', "beyond 64 bits"),
     ],
 )
 def test_what_is_not_json_for_everybody_is_a_400(http, body, message):
@@ -136,23 +154,89 @@ def test_what_vllm_refuses_is_a_400_before_a_stream_begins(http, server: Server,
     assert "stream generator" not in server.log.read_text()  # vLLM's traceback, which quotes the client
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bad_words": ["ab " * 4096, "c" * 4097]}, "16385 characters, of all prompts, are too many"),
+        ({"prompt": ["a"] * 5, "bad_words": ["b" * 4000]}, "20000 characters, of all prompts, are too many"),
+        ({"bad_words": ["a b" * 500]}, "bad_words are"),  # in tokens
+        ({"allowed_token_ids": list(range(1025))}, "1025 entries of allowed_token_ids are too many"),
+        ({"logit_bias": {str(id): 1 for id in range(1025)}}, "1025 entries of logit_bias are too many"),
+        ({"stop_token_ids": list(range(121)), "min_tokens": 1}, "121 entries of stop_token_ids are too many"),
+        ({"structured_outputs": {"regex": "a" * (1 << 18)}}, "bytes, of all prompts, are too many"),
+        ({"request_id": "mine"}, "a request's id is its header X-Request-Id"),
+        ({"priority": 1}, "this server answers in order"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_at_which_the_engine_fails_is_a_500_in_the_same_shape_and_is_forgotten(
-    http, server: Server, stream
-):
-    beyond_what_can_be_sent = {"X-Vllm-Priority": str(2**70)}
-    answer = http.post(
-        "/v1/chat/completions", json={**CHAT, "stream": stream}, headers=beyond_what_can_be_sent
-    )
-    assert answer.status_code == (200 if stream else 500)
-    *_, error = [text for text in answer.text.splitlines() if "error" in text]
-    message = "the engine failed at this request; the server's log has more"
-    assert json.loads(error.removeprefix("data: ")) == {
-        "error": {"message": message, "type": "server_error", "param": None, "code": 500}
-    }
-    assert line(server, answer.headers["x-request-id"])["status"] == 500
-    assert "the engine failed at a request: OverflowError" in server.log.read_text()
-    assert metric(http, "maskllm_requests_in_flight", mask="none") == 0
+def test_what_would_hold_up_others_or_change_nothing_is_refused_by_name(http, fields, message, stream):
+    answer = http.post("/v1/completions", json={**ASK, **fields, "stream": stream})
+    if stream and message == "bad_words are":  # tokens are known only when the engine is asked
+        *_, error = [text for text in answer.text.splitlines() if "error" in text]
+        assert message in json.loads(error.removeprefix("data: "))["error"]["message"]
+    else:
+        param = list(fields)[-1] if "min_tokens" not in fields else "stop_token_ids"
+        assert message in error_of(answer, 400, param=param)
+
+
+@pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
+def test_what_is_for_servers_that_share_their_cache_is_refused_however_it_comes(http, name):
+    for fields in ({name: {"do_remote_prefill": True}}, {"vllm_xargs": {name: "x"}}):
+        answer = http.post("/v1/completions", json={**ASK, **fields})
+        assert "this one does not" in error_of(answer, 400, param=name)
+
+
+def test_what_vllm_takes_on_a_gpu_is_no_less_than_what_is_let_through():
+    assert (
+        MOST["allowed_token_ids"],
+        MOST["logit_bias"],
+    ) == (MAX_NUM_ALLOWED_TOKEN_IDS, MAX_NUM_LOGIT_BIAS_TOKENS)
+    assert MOST["stop_token_ids"] < MAX_NUM_STOP_TOKEN_IDS  # with those that end any text
+
+
+def test_a_text_longer_than_any_prompt_is_refused_before_it_is_tokenized(http):
+    """Of 512 of the tokenizer's longest tokens."""
+    longest = max(map(len, AutoTokenizer.from_pretrained(BASE).get_vocab()))
+    text = "a" * (512 * longest + 1)
+    parts = [{"type": "text", "text": text[:1000]}, {"type": "text", "text": text[1000:]}]
+    for path, body, param in (
+        ("/tokenize", {"prompt": text}, "prompt"),
+        ("/v1/completions", {**ASK, "prompt": ["a", text], "truncate_prompt_tokens": 10}, "prompt"),
+        ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": text}]}, "messages"),
+        ("/tokenize", {"messages": [{"role": "user", "content": parts}]}, "messages"),
+    ):
+        message = error_of(http.post(path, json=body), 400, param=param)
+        assert "this model's prompts have at most" in message
+
+
+def test_headers_of_vllms_that_are_not_for_everybody_change_nothing(http):
+    for header in ("X-Vllm-Priority", "X-data-parallel-rank"):
+        answer = http.post("/v1/completions", json=ASK, headers={header: str(2**70)})
+        assert answer.status_code == 200
+
+
+def test_a_request_at_which_the_engine_fails_is_a_500_that_quotes_nobody(monkeypatch, caplog):
+    """No request is known at which a real one fails."""
+
+    async def fail(*_: object, **__: object):
+        raise EngineGenerateError from OverflowError("my secret prompt")
+        yield
+
+    monkeypatch.setattr(AsyncLLM, "generate", fail)
+    llm = object.__new__(MaskedLLM)
+    llm.in_flight, llm.metrics = Counter(), Metrics(CollectorRegistry())
+
+    async def ask() -> None:
+        async for _ in llm._generate("a", None, "id"):
+            pass
+
+    with pytest.raises(GracefulHTTPError, match="the engine failed at this request") as failed:
+        asyncio.run(ask())
+    assert status_of(failed.value) == 500
+    assert "the engine failed at a request: OverflowError" in caplog.text
+    assert "secret" not in caplog.text
+    assert not llm.in_flight
 
 
 def test_beam_search_is_refused_by_name(http):

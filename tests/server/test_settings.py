@@ -143,6 +143,27 @@ def test_a_head_in_8_bits_is_refused_without_kernels(tmp_path, monkeypatch):
         client.arguments(settings, base)
 
 
+def test_what_a_request_may_ask_for_bounds_what_the_operator_lets_it_default_to(tmp_path):
+    base = Path(__file__).parents[2] / "examples/demo/base"
+
+    def generation(*given: str) -> dict:
+        settings = parse("--model", str(base), "--masks", str(tmp_path), "--max-completion-tokens=50", *given)
+        return client.arguments(settings, base).override_generation_config
+
+    option = "--override-generation-config"
+    assert generation() == {"max_new_tokens": 50}
+    assert generation(option, '{"top_p": 0.5}') == {"top_p": 0.5, "max_new_tokens": 50}
+    assert generation(option, '{"max_new_tokens": 20}') == {"max_new_tokens": 20}
+    assert generation(option, '{"max_new_tokens": 90}') == {"max_new_tokens": 50}
+
+
+def test_memory_for_the_cache_that_no_sum_would_show_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
+    base = Path(__file__).parents[2] / "examples/demo/base"
+    with pytest.raises(client.BadOptions, match="use --kv-cache-memory-bytes"):
+        client.arguments(Settings(model=str(base), masks=tmp_path), base)
+
+
 def test_a_model_that_cannot_be_compiled_is_not_compiled_by_force(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     base = Path(__file__).parents[2] / "examples/demo/base"
