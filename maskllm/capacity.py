@@ -5,10 +5,12 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from maskllm.core.layers import maskable
 from maskllm.core.patterns import row_bytes
 from maskllm.kernels import cpu, gpu
+from maskllm.kernels.masked_linear import bf16_on_cpu
 
 PROGRAMS_BYTES = 1_500_000_000
 """Of the server's two processes without any weight, as measured on CPU (issue 5)."""
@@ -60,15 +62,16 @@ def measure(
 ) -> Capacity:
     """Capacity of a checkpoint on this machine's CPU, without reading its weights.
 
-    `dtype` is the one that the base is computed in, None the checkpoint's own; `int8` that of slots, and
-    `int8_head` adds the copy of the head to the base. Among `ranks` processes base
-    and masks are divided (what each has of norms, and copies of key and value heads, are not counted), and
-    each has a KV cache of `kv` bytes.
+    `dtype` is the one that the base is computed in, None the checkpoint's own; `int8` that of slots. The base
+    has the copy of the head that multiplies: in 8 bits under `int8_head`, or vLLM's own where no kernel of
+    ours reads the head as it is. Among `ranks` processes base and masks are divided (what each has of norms,
+    and copies of key and value heads, are not counted), and each has a KV cache of `kv` bytes.
     """
     base, shapes, head = _base(folder, dtype)
     slot_dtype = torch.int8 if int8 else torch.bfloat16
+    copy = cpu.quantized_bytes(*head.shape) if int8_head else 0 if bf16_on_cpu() else head.nbytes
     return Capacity(
-        base=base + (cpu.quantized_bytes(*head) if int8_head else 0),
+        base=base + copy,
         slot=sum(cpu.slot_bytes(rows, columns, slot_dtype) for rows, columns in shapes),
         packed=sum(rows * row_bytes(columns // 4) for rows, columns in shapes),
         kv=kv * ranks,
@@ -94,8 +97,8 @@ def memory(host: Capacity, gpu: Capacity | None, slots: int, packed: int) -> str
     return host.sum(slots, packed) + (f"; GPU: {gpu.sum(slots, 0)}" if gpu else "")
 
 
-def _base(folder: Path, dtype: torch.dtype | None) -> tuple[int, list[tuple[int, int]], tuple[int, int]]:
-    """Bytes of a checkpoint's weights, the shapes of those that a mask covers, and of the head."""
+def _base(folder: Path, dtype: torch.dtype | None) -> tuple[int, list[tuple[int, int]], Tensor]:
+    """Bytes of a checkpoint's weights, the shapes of those that a mask covers, and the head, on no device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
@@ -103,15 +106,20 @@ def _base(folder: Path, dtype: torch.dtype | None) -> tuple[int, list[tuple[int,
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)  # type: ignore[no-untyped-call]
     shapes = [(layer.out_features, layer.in_features) for layer in maskable(model).values()]
     head = model.get_output_embeddings()
-    return sum(parameter.nbytes for parameter in model.parameters()), shapes, tuple(head.weight.shape)
+    return sum(parameter.nbytes for parameter in model.parameters()), shapes, head.weight
 
 
 def free_bytes() -> int:
-    """Memory that a program could still have: the machine's, or what a container leaves of it."""
+    """Memory that a program could still have: the machine's, or what a container leaves of it.
+
+    What a container uses counts files that were read, such as the checkpoint, which make way for programs.
+    """
     free = psutil.virtual_memory().available
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    limit, used, parts = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+        stat = dict(line.split() for line in parts.read_text().splitlines())
+        files = int(stat["active_file"]) + int(stat["inactive_file"])
+        free = min(free, int(most) - int(used.read_text()) + files)
     return int(free)
 
 

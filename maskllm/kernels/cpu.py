@@ -24,7 +24,7 @@ INT8_DENSE = 3
 READ, KEPT = (torch.float32, torch.bfloat16), (torch.bfloat16, torch.int8)
 """What kernels read of inputs and weights, and what slots hold."""
 NEVER = float(1 << 30)
-LONG = 512
+LONG = (128, 512)
 """Rows for which it is measured whether torch multiplies a weight made dense faster."""
 _sparse_rows = NEVER  # as in the costs, which are a call away
 LARGE = 1 << 18
@@ -169,13 +169,16 @@ def calibrate() -> Costs | None:
         x = inputs_of(rows)
         return lambda at: functional.linear(x, weights[at])
 
-    def made_dense(at: int) -> None:
-        functional.linear(many, expand(slots[at], 0, weights[at], many.dtype))
+    def made_dense(rows: int) -> Callable[[int], object]:
+        x = inputs_of(rows)
+        return lambda at: functional.linear(x, expand(slots[at], 0, weights[at], x.dtype))
 
-    many, before = inputs_of(LONG), costs()
+    before = costs()
     set_costs(replace(before, dense_rows=64, sparse_rows=NEVER))  # all that is timed here is ours
-    long = _fastest({"ours": ours(0, [0] * LONG), "dense": made_dense}, range(1))
-    sparse_rows = LONG // 2 if long["dense"] < long["ours"] else NEVER
+    works = {f"ours, {rows}": ours(0, [0] * rows) for rows in LONG}
+    long = _fastest(works | {f"dense, {rows}": made_dense(rows) for rows in LONG}, range(1), turns=4)
+    won = takewhile(lambda rows: long[f"dense, {rows}"] < long[f"ours, {rows}"], reversed(LONG))
+    sparse_rows = min((rows / 2 for rows in won), default=NEVER)  # between that number and the one before
     if not bf16:
         set_costs(replace(before, sparse_rows=sparse_rows))
         return costs()
@@ -212,10 +215,10 @@ def calibrate() -> Costs | None:
     return None if busy else measured
 
 
-def _fastest(works: dict[str, Callable[[int], object]], weights: range) -> dict[str, float]:
-    """Seconds of each work over one of the weights, in its fastest of 5 turns over all."""
+def _fastest(works: dict[str, Callable[[int], object]], weights: range, turns: int = 5) -> dict[str, float]:
+    """Seconds of each work over one of the weights, in its fastest of so many turns over all."""
     seconds = dict.fromkeys(works, float("inf"))
-    for _ in range(5):
+    for _ in range(turns):
         for name, work in works.items():
             for at in weights:
                 begin = time.perf_counter()
@@ -255,7 +258,8 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Empty slots (count, values) for a weight (out, in); `dtype` bfloat16 or int8.
 
     9 bits a weight as bfloat16; as int8 5, and a scale for each row: its largest finite dense weight over
-    127, so that no mask changes it. Rows are padded to 4, columns to 128. Memory is used as slots are filled.
+    127, so that no mask changes it. An infinity becomes 127 steps of it, and NaN none. Rows are padded to 4,
+    columns to 128. Memory is used as slots are filled.
     """
     size = slot_bytes(weight.shape[0], weight.shape[1], dtype)
     slots = torch.empty(count, size // dtype.itemsize, dtype=dtype)
@@ -267,6 +271,7 @@ def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def _write_scales(slots: Tensor, weight: Tensor) -> None:
     scales = weight.where(weight.isfinite(), 0).abs().amax(1).float() / 127
+    scales.clamp_(min=torch.finfo(torch.float32).tiny)  # or one over it may be infinite
     slots[:, : 4 * len(scales)].copy_(scales.view(torch.int8))
 
 
@@ -301,13 +306,13 @@ def linear(
     slot_type = _slot_type(slots, weight, slot_type)
     _contiguous(weight)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    if row_slots.dtype != torch.int32 or not row_slots.is_contiguous():
-        row_slots = row_slots.to(torch.int32).contiguous()
+    row_slots = int32(row_slots)
     out = x.new_empty(x.shape[0], weight.shape[0])
     if x.shape[0] > _sparse_rows and slots.dtype == torch.bfloat16:
+        wide = x.dtype if using() == "avx512-bf16" else torch.float32  # torch's bf16 takes 5 times as long there
         for slot in (long := _long(row_slots, len(slots))):
             rows = row_slots == slot
-            out[rows] = _torchs(x[rows], expand(slots, slot, weight, x.dtype), bias)
+            out[rows] = _torchs(x[rows].to(wide), expand(slots, slot, weight, wide), bias).to(x.dtype)
         if long:
             rest = ~torch.isin(row_slots, torch.tensor(long))
             out[rest] = linear(x[rest], weight, slots, row_slots[rest], bias)
@@ -436,6 +441,13 @@ def check(x: Tensor, weight: Tensor, row_slots: Tensor, bias: Tensor | None) -> 
         raise ValueError(f"x is {x.dtype}: it must be float32, bfloat16 or float16")
 
 
+def int32(row_slots: Tensor) -> Tensor:
+    """Row slots as kernels read them."""
+    if row_slots.dtype == torch.int32 and row_slots.is_contiguous():
+        return row_slots
+    return row_slots.to(torch.int32).contiguous()
+
+
 def _slot_type(slots: Tensor, weight: Tensor, slot_type: int | None = None) -> int:
     """How slots hold a weight, by their dtype unless told. Raises ValueError where they are not its slots."""
     dtype, count = slots.dtype, slots.shape[0]
@@ -448,6 +460,8 @@ def _slot_type(slots: Tensor, weight: Tensor, slot_type: int | None = None) -> i
             f"slots {tuple(slots.shape)} of strides {slots.stride()} do not fit a weight "
             f"{tuple(weight.shape)}: they must be (count, {size}) of strides ({size}, 1)"
         )
+    if (slots.data_ptr() | slots.stride(0) * dtype.itemsize) % 16:
+        raise ValueError(f"slots begin at {slots.data_ptr():#x}: each must begin at a multiple of 16 bytes")
     return slot_type
 
 

@@ -89,11 +89,15 @@ def linear(
     """x (rows, in) times the masked weight (out, in) of each row's slot, plus bias -> (rows, out).
 
     `row_slots` (rows,) int32 on the GPU gives each row's slot, or DENSE. `present` are the slots in it, if
-    the host knows them; as they choose the kernels, leave them out where a CUDA graph is captured. Inputs of
-    another dtype than the weight's are multiplied in the weight's.
+    the host knows them; as they choose the kernels, leave them out where a CUDA graph is captured. They alone
+    are checked: to look into `row_slots` is to wait for the GPU. Inputs of another dtype than the weight's
+    are multiplied in the weight's.
     """
     cpu.check(x, weight, row_slots, bias)
     _check_slots(slots, weight)
+    if present and not DENSE <= min(present) <= max(present) < len(slots):
+        raise ValueError(f"rows use slots {sorted(present)}, and there are {len(slots)}")
+    row_slots = cpu.int32(row_slots)
     if x.dtype != weight.dtype:
         return linear(x.to(weight.dtype), weight, slots, row_slots, bias, present).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
@@ -118,6 +122,8 @@ def _check_slots(slots: Tensor, weight: Tensor) -> None:
             f"slots {tuple(slots.shape)} of {slots.dtype} do not fit a weight {tuple(weight.shape)} of "
             f"{weight.dtype}: they must be (count, {words}) of int32, and it bfloat16 or float16, contiguous"
         )
+    if (slots.data_ptr() | weight.data_ptr()) % 8:
+        raise ValueError("slots and weight must begin at multiples of 8 bytes, as whole groups are read")
 
 
 @dataclass(frozen=True)

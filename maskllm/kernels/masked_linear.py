@@ -133,20 +133,24 @@ def multiply(
 
 
 def reference(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias: Tensor | None) -> Tensor:
-    """`masked_linear` in plain torch, obviously right; slots are (count, out, in) bool."""
+    """`masked_linear` in plain torch, obviously right; slots are (count, out, in) bool.
+
+    Of two dtypes it multiplies in the one that holds both.
+    """
     cpu.check(x, weight, row_slots, bias)
     _check_slots(slots, weight)
-    bias = None if bias is None else bias.to(x.dtype)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    bias = None if bias is None else bias.to(dtype)
     out = x.new_empty(x.shape[0], weight.shape[0])
     present = torch.unique(row_slots).tolist()
     if present and not DENSE <= present[0] <= present[-1] < len(slots):
         raise ValueError(f"rows use slots {present}, and there are {len(slots)}")
     for slot in present:
-        effective = weight if slot == DENSE else torch.where(slots[slot], weight, 0)
+        effective = (weight if slot == DENSE else torch.where(slots[slot], weight, 0)).to(dtype)
         if len(present) == 1:
-            return functional.linear(x, effective, bias)
+            return functional.linear(x.to(dtype), effective, bias).to(x.dtype)
         rows = (row_slots == slot).nonzero().squeeze(1)
-        out[rows] = functional.linear(x[rows], effective, bias)
+        out[rows] = functional.linear(x[rows].to(dtype), effective, bias).to(x.dtype)
     return out
 
 
@@ -183,13 +187,16 @@ def masked_linear(
     """x (rows, in) times the masked weight (out, in) of each row's slot, plus bias -> (rows, out).
 
     `row_slots` (rows,) int32 gives each row's slot, or DENSE; `present` are the slots in it, where the host
-    knows them and no CUDA graph is captured. Raises ValueError where arguments do not fit each other.
+    knows them and no CUDA graph is captured. Raises ValueError where arguments do not fit each other; of the
+    slots in `row_slots` a GPU's kernels check those that `present` names, as it would have to be waited for.
+    The result is of x's dtype.
 
     An input that only dropped weights would meet takes no part, an infinity or NaN included, where a CPU's
     kernels multiply slot by slot, and by a GPU's for one row. All else multiplies it by 0: the reference, a
     GPU's kernels for more rows, and a CPU's where rows are many enough for a weight made dense, or where
     avx512-bf16 reads the dense weight once for bfloat16 rows of several masks. With int8 slots inputs, too,
-    are rounded to 8 bits, by each row's largest; a row that is not finite then answers NaN.
+    are rounded to 8 bits, by each row's largest; a row that is not finite then answers NaN, and
+    a weight that is not counts as its row's largest that is, or as 0 if it is NaN.
     """
     out: Tensor = torch.ops.maskllm.masked_linear(x, weight, slots, row_slots, bias, present)
     return out

@@ -8,7 +8,11 @@ from torch.nn import functional
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -32,7 +36,11 @@ present: list[int] = []
 def begin_step(slots: list[int] | None, device: torch.device) -> None:
     """The slot of every token row of the step about to run; None where nothing has a mask."""
     global row_slots, present
-    row_slots = None if slots is None else torch.tensor(slots, dtype=torch.int32, device=device)
+    # From pinned memory, which torch keeps until it is copied, a GPU takes them without a wait of the host's.
+    pinned = device.type == "cuda"
+    row_slots = None
+    if slots is not None:
+        row_slots = torch.tensor(slots, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=True)
     present = sorted(set(slots or []))
     if device.type == "cpu":
         cpu.begin_step(row_slots)
@@ -62,11 +70,13 @@ class MaskConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
         if isinstance(layer, LinearBase):
             return MaskedLinearMethod()
-        if isinstance(layer, ParallelLMHead) and current_platform.is_cpu():
-            if get_current_vllm_config().additional_config.get("head_dtype") == "int8":
+        if isinstance(layer, VocabParallelEmbedding) and current_platform.is_cpu():
+            head = isinstance(layer, ParallelLMHead)
+            if head and get_current_vllm_config().additional_config.get("head_dtype") == "int8":
                 return Int8HeadMethod()
             if bf16_on_cpu():
                 return DenseHeadMethod()
+            return None if head else EmbeddingMethod()
         return None
 
 
@@ -90,8 +100,24 @@ class MaskedLinearMethod(UnquantizedLinearMethod):
         return torch.ops.maskllm.layer(x, layer.weight, layer.slots, bias)
 
 
+class EmbeddingMethod(UnquantizedEmbeddingMethod):
+    """An embedding, of which vLLM on CPU would make a packed copy that only a head multiplies by."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Make none: a head that is tied to it makes its own."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The embedding is the head itself, as Gemma's is, and is packed now."""
+        if not hasattr(layer, "cpu_linear"):
+            super().process_weights_after_loading(layer)
+        return super().apply(layer, x, bias)
+
+
 class DenseHeadMethod(UnquantizedEmbeddingMethod):
-    """The head, which no mask covers, by our kernel: vLLM keeps a packed copy and is slower at a few rows."""
+    """The head, which no mask covers, by our kernel: vLLM keeps a packed copy and is slower at a few rows.
+
+    And embeddings, as one may be the head itself.
+    """
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Make no packed copy."""

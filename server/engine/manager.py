@@ -66,6 +66,8 @@ class MaskManager:
         """Called once, after the weights are there: give every linear layer its slots."""
         heads = (buffer for name, buffer in model.named_buffers() if name.endswith(linear.QUANTIZED))
         self.base_bytes = sum({p.data_ptr(): p.nbytes for p in (*model.parameters(), *heads)}.values())
+        packed = (layer for layer in model.modules() if hasattr(layer, "cpu_linear"))  # vLLM's copy of a head
+        self.base_bytes += sum(layer.get_parameter("weight").nbytes for layer in packed)
         fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         for name, layer in model.named_modules():
             if isinstance(layer, LinearBase) and isinstance(layer.quant_method, linear.MaskedLinearMethod):

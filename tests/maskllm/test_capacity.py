@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from maskllm import capacity
@@ -11,14 +12,26 @@ from maskllm.core import maskset
 from maskllm.kernels import cpu
 
 DEMO = Path(__file__).parents[2] / "examples/demo"
+HEAD = 4096 * 256
+"""Its weights, bfloat16."""
 
 
-def test_a_base_takes_its_tensors_and_a_mask_what_its_file_holds():
+def tensors() -> int:
+    """Bytes of the base's file."""
     with safe_open(DEMO / "base/model.safetensors", "pt") as file:
-        tensors = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+        return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("bf16", "copies"), [(True, 0), (False, 1)])
+def test_a_base_takes_its_tensors_and_a_head_that_our_kernel_does_not_read_a_copy(monkeypatch, bf16, copies):
+    monkeypatch.setattr(capacity, "bf16_on_cpu", lambda: bf16)
+    assert measure(DEMO / "base").base == tensors() + copies * HEAD * 2
+    assert measure(DEMO / "base", torch.float32).base == 2 * tensors() + copies * HEAD * 4
+
+
+def test_a_mask_takes_what_its_file_holds():
     mask = maskset.load(DEMO / "masks/legal.safetensors")
     fits = measure(DEMO / "base", kv=7)
-    assert fits.base == tensors
     assert fits.packed == sum(packed.nbytes for packed in mask.packed.values())
     bits = 8 if cpu.why_not() else 9  # a bool each, or 16 bits for half of them and a bit each
     assert fits.slot == mask.weights * bits / 8
@@ -44,7 +57,7 @@ def test_two_processes_divide_a_base_and_its_masks_and_have_a_kv_cache_each():
 def test_a_gpu_holds_base_slots_and_kv_and_of_two_each_its_half():
     weights = maskset.load(DEMO / "masks/legal.safetensors").weights
     one, two = (measure_gpu(DEMO / "base", free=10**9, kv=7, ranks=ranks) for ranks in (1, 2))
-    assert one.base == measure(DEMO / "base").base
+    assert one.base == tensors()
     # Half the weights as 16 bits, a bit each for where they belong, and another for cuSPARSELt.
     assert weights * 10 / 8 <= one.slot < weights * 10 / 8 * 1.01
     assert one.needs(3, 99) == one.base + 3 * one.slot + 7
@@ -52,9 +65,10 @@ def test_a_gpu_holds_base_slots_and_kv_and_of_two_each_its_half():
     assert (two.base, two.slot, two.kv) == (one.base // 2, one.slot // 2, 7)
 
 
-@pytest.mark.parametrize(("limit", "left"), [("5000", 4000), ("max", None)])
+@pytest.mark.parametrize(("limit", "left"), [("5000", 4700), ("max", None)])
 def test_in_a_container_its_limit_counts(tmp_path: Path, monkeypatch, limit: str, left: int | None):
     (tmp_path / "memory.max").write_text(f"{limit}\n")
-    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("1000\n")  # of which 700 are files that were read
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 700\ninactive_file 600\nactive_file 100\n")
     monkeypatch.setattr(capacity, "CGROUP", tmp_path)
     assert (capacity.free_bytes() == left) == (left is not None)

@@ -447,6 +447,25 @@ void run(const Batch& batch, int threads) {
     }
 }
 
+// `count` of 128 columns of a block's row, whose masks and values begin here, with zeros between what is kept.
+CLONES void expand_row(const uint8_t* masks, const uint8_t* values, size_t count, int type, void* out) {
+    uint64_t groups[COLUMNS / 4];
+    for (size_t l = 0; l < 4; l++) {
+        uint32_t bits;
+        std::memcpy(&bits, masks + 16 * l, 4);
+        for (size_t g = 0; g < 8; g++) {
+            uint32_t pair;
+            std::memcpy(&pair, values + 64 * g + 16 * l, 4);
+            const int group = bits >> 4 * g & 7;
+            groups[8 * l + g] = uint64_t(pair & 0xffff) << 16 * FIRST[group] | uint64_t(pair >> 16) << 16 * SECOND[group];
+        }
+    }
+    uint16_t row[COLUMNS];
+    std::memcpy(row, groups, sizeof row);
+    if (type == BF16) std::memcpy(out, row, 2 * count);
+    for (size_t c = 0; type == F32 && c < count; c++) ((float*)out)[c] = to_float(row[c]);
+}
+
 }  // namespace
 }  // namespace maskllm
 
@@ -576,7 +595,7 @@ void maskllm_quantize(uint8_t* slot, const void* weight, int weight_type, long w
                     float value = 0;
                     if (n < s.outs && column < s.columns)
                         value = weight_type == F32 ? ((const float*)weight)[at] : to_float(((const uint16_t*)weight)[at]);
-                    const float steps = value ? value / ((const float*)slot)[n] : 0;
+                    const float steps = value < 0 || value > 0 ? value / ((const float*)slot)[n] : 0;  // NaN is 0
                     block[c / 4 % 8 * 64 + (c / 32 * 4 + r) * 4 + c % 4] = int8_t(std::lrintf(std::clamp(steps, -127.f, 127.f)));
                 }
         }
@@ -586,25 +605,14 @@ void maskllm_quantize(uint8_t* slot, const void* weight, int weight_type, long w
 void maskllm_expand(const uint8_t* slot, void* out, int out_type, long outs, long columns, int threads) {
     const Shape s(outs, columns);
     const uint8_t *masks = slot + masks_at(s, BF16), *values = slot + values_at(s, BF16);
+    const size_t size = out_type == BF16 ? 2 : 4;
 #pragma omp parallel for num_threads(threads)
     for (size_t q = 0; q < s.quads; q++)
         for (size_t b = 0; b < s.blocks; b++) {
             const size_t at = place(s, BF16, q, b), count = std::min(COLUMNS, s.columns - b * COLUMNS);
             for (size_t r = 0; r < std::min(ROWS, s.outs - q * ROWS); r++)
-                for (size_t c = 0; c < count; c += 4) {
-                    uint32_t bits;
-                    std::memcpy(&bits, masks + at * MASK_BYTES + c / 32 * 16 + 4 * r, 4);
-                    const int group = bits >> c % 32 & 7;
-                    uint16_t pair[2], four[4] = {};
-                    std::memcpy(pair, values + at * BF16_BYTES + c / 4 % 8 * 64 + c / 32 * 16 + 4 * r, 4);
-                    four[FIRST[group]] = pair[0], four[SECOND[group]] = pair[1];
-                    const size_t to = (q * ROWS + r) * s.columns + b * COLUMNS + c;
-                    for (size_t i = 0; i < std::min<size_t>(4, count - c); i++)
-                        if (out_type == BF16)
-                            ((uint16_t*)out)[to + i] = four[i];
-                        else
-                            ((float*)out)[to + i] = to_float(four[i]);
-                }
+                expand_row(masks + at * MASK_BYTES + 4 * r, values + at * BF16_BYTES + 4 * r, count, out_type,
+                           (uint8_t*)out + ((q * ROWS + r) * s.columns + b * COLUMNS) * size);
         }
 }
 

@@ -14,7 +14,7 @@ struct Avx2 {
     struct Where {
         I first, second;
     };
-    static constexpr int WIDTH = 8, TILE = 4;
+    static constexpr int WIDTH = 8, TILE = 8;
     static constexpr bool UNSIGNED = false;
 
     static F zero() { return _mm256_setzero_ps(); }
@@ -98,7 +98,8 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
                 const __m128i four = kept(weight + r * weight_stride + 32 * l, mask + 16 * l + 4 * r, g);
                 const __m128 floats = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(four), 16));
                 const __m128 steps = _mm_mul_ps(floats, _mm_set1_ps(inverse_scales[r])), most = _mm_set1_ps(127);
-                row[r] = _mm_cvtps_epi32(_mm_max_ps(_mm_min_ps(steps, most), -most));  // an infinity saturates
+                const __m128 number = _mm_and_ps(steps, _mm_cmpord_ps(steps, steps));
+                row[r] = _mm_cvtps_epi32(_mm_max_ps(_mm_min_ps(number, most), -most));
             }
             const __m128i bytes = _mm_packs_epi16(_mm_packs_epi32(row[0], row[1]), _mm_packs_epi32(row[2], row[3]));
             _mm_storeu_si128((__m128i*)(values + 64 * g + 16 * l), bytes);

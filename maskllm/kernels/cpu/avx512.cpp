@@ -266,8 +266,9 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
         for (int r = 0; r < 4; r++) {
             const __m512i wide = _mm512_cvtepu16_epi32(kept(weight + r * weight_stride + 32 * l, mask + 16 * l + 4 * r));
             const __m512 floats = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-            const __m512 steps = _mm512_mul_ps(floats, _mm512_set1_ps(inverse_scales[r])), most = _mm512_set1_ps(127);
-            const __m512 scaled = _mm512_max_ps(_mm512_min_ps(steps, most), -most);  // an infinity saturates
+            const __mmask16 number = _mm512_cmp_ps_mask(floats, floats, _CMP_ORD_Q);
+            const __m512 steps = _mm512_maskz_mul_ps(number, floats, _mm512_set1_ps(inverse_scales[r]));
+            const __m512 most = _mm512_set1_ps(127), scaled = _mm512_max_ps(_mm512_min_ps(steps, most), -most);
             row[r] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(scaled));
         }
         const __m128i a = _mm_unpacklo_epi32(row[0], row[1]), b = _mm_unpackhi_epi32(row[0], row[1]);

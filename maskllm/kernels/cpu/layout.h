@@ -66,7 +66,7 @@ struct Kernels {
     // of an input in the first chunk, where it has a mask: the form that reads the weight once for many masks.
     void (*dense_bf16)(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
                        size_t mask_stride, const uint16_t* panel, int inputs, float* out);
-    // Four rows of 128 dense columns and their mask bits -> the values of a block.
+    // Four rows of 128 dense columns and their mask bits -> the values of a block. As int8 an infinity saturates, and NaN is 0.
     void (*fill_bf16)(const uint16_t* weight, size_t weight_stride, const uint8_t* mask, uint8_t* values);
     void (*fill_int8)(const uint16_t* weight, size_t weight_stride, const float* inverse_scales, const uint8_t* mask, uint8_t* values);
 };

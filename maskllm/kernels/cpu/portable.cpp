@@ -72,7 +72,7 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
                 int8_t* pair = (int8_t*)values + 64 * j + 4 * e + 2 * half;
                 for (int i = 0; i < 2; i++) {
                     const float steps = to_float(four[i ? SECOND[group] : FIRST[group]]) * scale;
-                    pair[i] = int8_t(std::lrintf(std::fmax(std::fmin(steps, 127.f), -127.f)));  // an infinity saturates
+                    pair[i] = std::isnan(steps) ? 0 : int8_t(std::lrintf(std::fmax(std::fmin(steps, 127.f), -127.f)));
                 }
             }
 }

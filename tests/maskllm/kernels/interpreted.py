@@ -91,6 +91,9 @@ def test_inputs_and_a_bias_of_another_dtype_are_multiplied_in_the_weights(rows, 
         ({"weight": torch.ones(64, 44).bfloat16()}, r"slots .* do not fit a weight \(64, 44\)"),
         ({"weight": torch.ones(8, 44)}, r"slots .* do not fit a weight \(8, 44\) of torch.float32"),
         ({"weight": torch.ones(44, 8).bfloat16().t()}, r"slots .* do not fit a weight \(8, 44\)"),
+        ({"weight": torch.ones(8 * 44 + 1).bfloat16()[1:].view(8, 44)}, "begin at multiples of 8 bytes"),
+        ({"present": (0, 3)}, r"rows use slots \[0, 3\], and there are 3"),
+        ({"present": (-2,)}, r"rows use slots \[-2\], and there are 3"),
     ],
 )
 def test_arguments_that_do_not_fit_each_other_are_refused(wrong, message):
@@ -159,6 +162,15 @@ def test_rows_may_lie_apart(rows):
         torch.randn(172, rows).bfloat16().t(),
     ):
         layer.check(x, mixed(rows, 1))
+
+
+@pytest.mark.parametrize("rows", [2, 70])
+def test_row_slots_may_lie_apart_and_be_of_another_dtype(rows):
+    layer, x = Layer(8, 44, count=2), torch.randn(rows, 44, dtype=torch.bfloat16)
+    apart = torch.tensor([0, 0, 1, 0] * (rows // 2), dtype=torch.int32)[::2]
+    expected = layer.check(x, [0, 1] * (rows // 2))
+    for row_slots in (apart, apart.long()):
+        assert torch.equal(gpu.linear(x, layer.weight, layer.slots, row_slots), expected)
 
 
 @pytest.mark.parametrize("start", [0, 3])

@@ -97,6 +97,17 @@ def test_a_bias_of_any_dtype_is_added_to_masked_and_dense_rows_alike(layer, dtyp
         assert out.tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_of_another_dtype_is_answered_in_that_of_the_inputs(layer, dtype, other):
+    weight, slots = layer
+    for rows, expected in (([0, 1, DENSE], [[3, -3], [7, -7], [10, -10]]), ([DENSE] * 2, [[10, -10]] * 2)):
+        x, row_slots = torch.ones(len(rows), 4, dtype=dtype), torch.tensor(rows, dtype=torch.int32)
+        out = masked_linear(x, weight.to(other), slots, row_slots, None)
+        assert out.dtype == dtype
+        assert out.tolist() == expected
+
+
 def test_refilling_a_slot_replaces_its_mask(layer):
     weight, slots = layer
     fill(slots, 0, weight, packed(torch.tensor([OUTER] * 2)))
@@ -330,6 +341,19 @@ def test_costs_are_measured_where_there_is_a_choice(costs):
         assert measured.dense_rows == cpu.dense_rows()
 
 
+@pytest.mark.parametrize(
+    ("won", "more_than"), [((), cpu.NEVER), ((128,), cpu.NEVER), ((512,), 256), ((128, 512), 64)]
+)
+@pytest.mark.usefixtures("costs")
+def test_a_weight_is_made_dense_from_where_that_wins_for_all_more_rows(monkeypatch, won, more_than):
+    faster = {f"dense, {rows}" for rows in won}
+    monkeypatch.setattr(
+        cpu, "_fastest", lambda works, *_, **__: {work: 2 - (work in faster) for work in works}
+    )
+    assert cpu.calibrate() == cpu.costs()
+    assert cpu.costs().sparse_rows == more_than
+
+
 def test_rows_that_are_not_contiguous_are_read_where_they_lie(kernels):  # noqa: ARG001
     weight = torch.randn(8, 64).bfloat16()
     masks = [best(torch.rand(8, 64))]
@@ -383,6 +407,24 @@ def test_a_whole_weight_in_8_bits_saturates_what_is_not_finite(fast):  # noqa: A
     assert backend(torch.device("cpu")) is cpu
     out = cpu.dense_int8(torch.eye(4), weight, cpu.quantize(weight))
     torch.testing.assert_close(out[:, 0], torch.tensor([1.0, -2, 2, -2]), rtol=1e-2, atol=0)
+
+
+def in_8_bits(weight: Tensor, mask: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """What identity inputs answer by an int8 slot of one mask, and by the whole weight in 8 bits."""
+    x, rows = torch.eye(weight.shape[1]), torch.zeros(weight.shape[1], dtype=torch.int32)
+    slots = masked(weight, [torch.tensor([mask] * len(weight))], torch.int8)
+    return masked_linear(x, weight, slots, rows, None).T, cpu.dense_int8(x, weight, cpu.quantize(weight)).T
+
+
+def test_a_weight_that_is_nan_is_0_in_8_bits(fast):  # noqa: ARG001
+    for out in in_8_bits(torch.tensor([[1.0, torch.nan, 0.0, 0.0]]), FIRST_TWO):
+        torch.testing.assert_close(out, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+
+
+def test_a_row_of_weights_so_small_that_one_over_their_scale_is_infinite_keeps_its_zeros(fast):  # noqa: ARG001
+    weight = torch.tensor([[2.0**-123, 0.0, 0.0, 0.0]])  # eight of the smallest scale
+    for out in in_8_bits(weight, FIRST_TWO):
+        torch.testing.assert_close(out * 2.0**123, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
 
 
 def test_a_row_that_is_not_finite_answers_nan_under_int8_and_no_other_row_does(fast):  # noqa: ARG001
@@ -448,6 +490,23 @@ def test_what_is_no_slot_of_the_kernels_is_refused(fast):  # noqa: ARG001
         masked_linear(torch.ones(1, 128), weight, slots.T.contiguous().T, row, None)
     with pytest.raises(ValueError, match=r"slots .* do not fit a weight"):
         cpu.dense_int8(torch.ones(1, 128), weight, cpu.quantize(weight)[:, :-64])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_slots_that_do_not_begin_at_whole_vectors_are_refused(fast, dtype):  # noqa: ARG001
+    """They are written past the caches, which takes 16 bytes at a time where they belong."""
+    weight, mask = torch.ones(4, 128), torch.tensor([FIRST_TWO * 32] * 4)
+    slots = masked(weight, [mask, mask], dtype)
+    count, size = slots.shape
+    memory = torch.zeros(count * size + 64, dtype=dtype)
+    for off in (
+        memory[1 : 1 + count * size].view(count, size),
+        memory.as_strided((count, size), (size + 1, 1)),
+    ):
+        with pytest.raises(ValueError, match="each must begin at a multiple of 16 bytes"):
+            masked_linear(torch.ones(1, 128), weight, off, torch.zeros(1, dtype=torch.int32), None)
+        with pytest.raises(ValueError, match="each must begin at a multiple of 16 bytes"):
+            fill(off, 1, weight, packed(mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -2,16 +2,19 @@
 
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import profile
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from maskllm.core.patterns import pack
 from maskllm.kernels import DENSE, cpu
 from maskllm.kernels.masked_linear import allocate, fill
-from server.engine.linear import begin_step
+from server.engine.linear import MaskConfig, begin_step
 
 CPU = torch.device("cpu")
 OUTS, COLUMNS = 12, 140
@@ -150,6 +153,33 @@ def test_a_step_answers_by_its_own_slots():
     kept = [torch.equal(a, b) for a, b in zip(answers, answers[1:] + answers[:1], strict=True)]
     assert kept == [False] * 3
     torch.testing.assert_close(answers[2], x @ weight.T, rtol=2e-2, atol=0.2)
+
+
+def test_an_embedding_has_no_copy_and_is_a_head_as_well():
+    with set_current_vllm_config(VllmConfig()):
+        embedding = VocabParallelEmbedding(16384, 1024, quant_config=MaskConfig(), disable_tp=True)
+    weight = embedding.get_parameter("weight").data.zero_()  # 64 MB
+    weight[3, 5] = 2
+    before = psutil.Process().memory_info().rss
+    embedding.quant_method.process_weights_after_loading(embedding)
+    assert psutil.Process().memory_info().rss - before < weight.nbytes / 4
+    assert embedding(torch.tensor([3]))[0, 5] == 2
+    logits = embedding.quant_method.apply(embedding, torch.full((1, 1024), 10.0))  # as of Gemma's
+    assert logits.nonzero().tolist() == [[0, 3]]
+    assert logits[0, 3] == 20
+
+
+def test_a_gpu_takes_a_step_s_slots_without_a_wait(monkeypatch):
+    """Pinned memory is copied beside the host, which goes on."""
+    done = []
+
+    class Slots:
+        def to(self, device, non_blocking):
+            done.append((device.type, non_blocking))
+
+    monkeypatch.setattr(torch, "tensor", lambda *_, **how: done.append(how) or Slots())
+    begin_step([1, DENSE], torch.device("cuda"))
+    assert done == [{"dtype": torch.int32, "pin_memory": True}, ("cuda", True)]
 
 
 def test_a_slot_that_is_not_there_is_an_error():

@@ -43,12 +43,21 @@ def test_logits_are_rounded_and_near(rounding: Server, model: PreTrainedModel, m
     assert 1e-3 < off < 0.1  # exact ones differ by less than 1e-4
 
 
+def test_a_copy_of_the_head_counts_as_the_base_s_where_there_is_one(server: Server):
+    with server.client() as api:
+        base = api.get("/v1/capacity").json()["bytes"]["base"]
+        lines = dict(line.rsplit(" ", 1) for line in api.get("/metrics").text.splitlines())
+    assert base == measure(BASE, torch.float32).base
+    assert base <= float(lines['maskllm_engine_memory_bytes{part="base"}']) <= base * 1.05
+
+
 def test_the_copy_of_the_head_counts_as_the_base_s(rounding: Server, model: PreTrainedModel):
     rows, columns = model.get_output_embeddings().weight.shape
     copy = rows * columns + 4 * rows  # a byte a weight, and a scale a row
-    assert measure(BASE, int8_head=True).base == measure(BASE).base + copy
+    weights = sum(p.nbytes for p in model.parameters())
+    assert measure(BASE, torch.float32, int8_head=True).base == weights + copy
     with rounding.client() as api:
-        assert api.get("/v1/capacity").json()["bytes"]["base"] == measure(BASE, torch.float32).base + copy
+        assert api.get("/v1/capacity").json()["bytes"]["base"] == weights + copy
         lines = dict(line.rsplit(" ", 1) for line in api.get("/metrics").text.splitlines())
     held = float(lines['maskllm_engine_memory_bytes{part="base"}'])
-    assert copy <= held - sum(p.nbytes for p in model.parameters()) <= copy * 1.05  # vLLM fuses, and pads
+    assert copy <= held - weights <= copy * 1.05  # vLLM fuses, and pads
