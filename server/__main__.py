@@ -4,6 +4,7 @@ import logging
 import signal
 import socket
 import sys
+from contextlib import nullcontext
 
 import uvloop
 from pydantic import ValidationError
@@ -34,8 +35,9 @@ async def run(settings: Settings) -> None:
     # Bound before the engine starts, as the other port is.
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     door = (settings.host, settings.metrics_port)
-    aside = socket.create_server(door, family=family) if settings.metrics_port else None
-    with start(settings, folder, metrics) as (engine, sock):
+    both = settings.host == "::" and socket.has_dualstack_ipv6()  # as vLLM's own port is
+    aside = socket.create_server(door, family=family, dualstack_ipv6=both) if settings.metrics_port else None
+    with aside or nullcontext(), start(settings, folder, metrics) as (engine, sock):
         limit = settings.packed or engine.capacity.most_packed(settings.slots)
         masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit, metrics)
         masks.scan()

@@ -208,7 +208,9 @@ def check_texts(body: dict[str, Any], most: int) -> None:
     """Raise TooMuch where a text of a JSON body is longer than any prompt, before all of it is tokenized."""
     prompt = body.get("prompt")
     prompts = prompt if isinstance(prompt, list) else [prompt]
-    contents = [message.get("content") for message in body.get("messages") or []]
+    messages = body.get("messages")  # which may be anything where fields that nobody reads are let pass
+    messages = messages if isinstance(messages, list) else []
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
     sizes = {
         "prompt": max((len(text) for text in prompts if isinstance(text, str)), default=0),
         "messages": sum(len(text) for content in contents for text in _texts(content)),

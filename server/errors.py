@@ -197,7 +197,7 @@ async def handle_death(request: Request, _: Exception) -> JSONResponse:
 async def handle(_: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler for every ServerError."""
     assert isinstance(error, ServerError)
-    return _response(error.status, str(error), error.param, error.headers)
+    return error_response(error.status, str(error), error.param, error.headers)
 
 
 def register(app: FastAPI) -> None:
@@ -217,7 +217,7 @@ def in_shape(response: Response) -> Response:
     if response.status_code < 400 or not isinstance(response, JSONResponse):
         return response
     error = json.loads(bytes(response.body))["error"]
-    shaped = _response(response.status_code, error["message"], error["param"], dict(response.headers))
+    shaped = error_response(response.status_code, error["message"], error["param"], dict(response.headers))
     shaped.background = response.background
     return shaped
 
@@ -237,7 +237,7 @@ async def _http(request: Request, error: Exception) -> Response:
     if error.status_code == 405:  # the router knows only its first route of that path
         partial = [route for route in request.app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
         headers["Allow"] = ", ".join(sorted({method for route in partial for method in route.methods}))
-    return _response(error.status_code, f"{error.detail}{where}", None, headers)
+    return error_response(error.status_code, f"{error.detail}{where}", None, headers)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
@@ -246,7 +246,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
     faults = list(dict.fromkeys(_fault(fault) for fault in error.errors()))
     told = [f"{where}: {what}" if where else what for where, what in faults[:REPORTED]]
     more = [f"and {len(faults) - REPORTED} more"] if len(faults) > REPORTED else []
-    return _response(400, "; ".join(told + more), faults[0][0] or None, {})
+    return error_response(400, "; ".join(told + more), faults[0][0] or None, {})
 
 
 async def _gone(_: Request, __: Exception) -> Response:
@@ -262,7 +262,8 @@ def _fault(fault: Any) -> tuple[str, str]:
     return ".".join(field), fault["msg"].removeprefix("Value error, ")
 
 
-def _response(status: int, message: str, param: str | None, headers: Mapping[str, str]) -> JSONResponse:
+def error_response(status: int, message: str, param: str | None, headers: Mapping[str, str]) -> JSONResponse:
+    """An error in OpenAI's shape, which says when to come back where that helps."""
     kept = {name: value for name, value in headers.items() if not name.startswith("content-")}
     if status in (429, 503) and not {"retry-after", "Retry-After"} & headers.keys():
         kept["Retry-After"] = str(RETRY_AFTER_S)

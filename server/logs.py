@@ -16,10 +16,9 @@ from typing import Any
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import body
+from server.errors import error_response
 from server.metrics import Finished, Metrics
 
 logger = logging.getLogger("maskllm.requests")
@@ -139,7 +138,7 @@ class RequestLog:
             except BaseException as error:
                 if entry.status is None:  # what answers it further out would not say the id
                     status, why = SERVER_FAULT if isinstance(error, Exception) else BEING_STOPPED
-                    await JSONResponse(body(status, why, None), status)(scope, receive, answer)
+                    await error_response(status, why, None, {})(scope, receive, answer)
                 raise
             finally:
                 CURRENT.reset(token)

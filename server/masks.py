@@ -6,7 +6,6 @@ HTTP side owns what is known and what is packed; the engine brings packed masks 
 
 import asyncio
 import logging
-import math
 import os
 import time
 from collections import OrderedDict, defaultdict
@@ -194,8 +193,8 @@ class Masks:
 
     @property
     def most_bytes(self) -> int:
-        """More than any file of a mask of this base has: 2 bits a weight, and its header."""
-        return sum(math.prod(shape) for shape in self.base.shapes.values()) // 4 + (4 << 20)
+        """More than any file of a mask of this base has."""
+        return maskset.most_bytes(self.base.shapes.values())
 
     def scan(self) -> None:
         """Register every mask file of the folder; one that cannot be used is logged and left out."""
@@ -220,6 +219,7 @@ class Masks:
 
     async def restore(self) -> None:
         """Bring a new engine to where the last was: pinned masks into slots, packed ones into its memory."""
+        self.lose()  # what was under way when the last one died may have come to an end since
         self._lost |= {mask.id: mask for name, mask in self.known.items() if name in self.names.pinned}
         for mask in list(self._lost.values()):
             async with self._locks[mask.name]:

@@ -8,9 +8,10 @@ A mask's identity is the sha256 of its file.
 
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,18 +188,26 @@ def load(path: Path, base: Base | None = None) -> MaskSet:
     return mask_set
 
 
-def reload(path: Path, sha256: str) -> MaskSet:
+def most_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
+    """More than the file of any mask of these weights has: 2 bits a weight, and its header."""
+    return sum(map(math.prod, shapes)) // 4 + (4 << 20)
+
+
+def reload(path: Path, sha256: str, most: int) -> MaskSet:
     """Read again a file that `load` has checked, and check that it is the same: nothing else needs to be.
 
     It neither computes nor copies, and leaves the GIL to others while it reads and hashes.
-    Raises FileNotFoundError, or DamagedMask where the file has changed.
+    Raises FileNotFoundError, or DamagedMask where the file has changed. More than `most` bytes are not read.
     """
-    content = torch.empty(path.stat().st_size, dtype=torch.uint8)
+    changed = DamagedMask(f"{path.name} has changed since it was registered")
+    if (size := path.stat().st_size) > most:
+        raise changed
+    content = torch.empty(size, dtype=torch.uint8)
     raw = content.numpy().data
     with path.open("rb") as file:
         file.readinto(raw)
     if hashlib.sha256(raw).hexdigest() != sha256:
-        raise DamagedMask(f"{path.name} has changed since it was registered")
+        raise changed
     begin = 8 + int.from_bytes(raw[:8], "little")
     entries = json.loads(bytes(raw[8:begin]))
     header = json.loads(entries.pop("__metadata__")[KEY])

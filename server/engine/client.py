@@ -119,12 +119,6 @@ class MaskedLLM(AsyncLLM):
         return collector
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
-        bad = request.sampling_params.bad_words_token_ids if request.sampling_params else None
-        most = envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
-        if (tokens := sum(map(len, bad or []))) > most:  # on a GPU the engine would end at it
-            raise VLLMValidationError(
-                f"bad_words are {tokens} tokens, and may be {most}", parameter="bad_words"
-            )
         try:
             await super()._add_request(request, *args)
         except BaseException:  # as vLLM does where n > 1: it would keep what the engine was never sent
@@ -148,6 +142,14 @@ class MaskedLLM(AsyncLLM):
                 "priority: this server answers in order; it would take --scheduling-policy priority",
                 parameter="priority",
             )
+        if params.bad_words:
+            tokenized, most = params.clone(), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+            tokenized.update_from_tokenizer(self.renderer.get_tokenizer())
+            tokens = sum(map(len, tokenized.bad_words_token_ids or []))
+            if tokens > most:  # on a GPU the engine would end at it
+                raise VLLMValidationError(
+                    f"bad_words are {tokens} tokens, and may be {most}", parameter="bad_words"
+                )
         transfers = {"kv": config.kv_transfer_config, "ec": config.ec_transfer_config}
         for name, connector in ((f"{kind}_transfer_params", each) for kind, each in transfers.items()):
             given = (params.extra_args or {}).get(name)
@@ -245,8 +247,9 @@ class Engine:
 
     @property
     def most_characters(self) -> int:
-        """No longer text can be a prompt."""
-        longest = self.llm.renderer.get_tokenizer().max_chars_per_token
+        """No longer text can be a prompt, and without a tokenizer none."""
+        tokenizer = self.llm.renderer.tokenizer
+        longest = tokenizer.max_chars_per_token if tokenizer else 0
         return int(self.llm.vllm_config.model_config.max_model_len * longest)
 
     @property

@@ -218,8 +218,9 @@ class MaskManager:
         """Runs beside the steps: nothing here lets torch take their threads."""
         begin = time.perf_counter()
         file, _, sha256 = path.rpartition("#")
-        mask_set = maskset.reload(Path(file), sha256)
         parts = {name: part for parts in self.parts.values() for name, part in parts.items()}
+        most = maskset.most_bytes(part.whole for part in parts.values())
+        mask_set = maskset.reload(Path(file), sha256, most)
         for layer, shape in mask_set.shapes.items():
             if layer not in parts or parts[layer].whole != shape:
                 has = parts[layer].whole if layer in parts else None

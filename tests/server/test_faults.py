@@ -148,6 +148,13 @@ def test_told_to_be_lenient_it_ignores_unknown_fields_and_converts_types(lone: S
     assert answer.json()["usage"]["completion_tokens"] == 8
 
 
+def test_what_nobody_reads_may_be_anything_where_it_is_let_pass(lone: Server):
+    with lone.client() as api:
+        for stray in (["x"], 5):
+            answer = api.post("/v1/completions", json={**SHORT, "messages": stray})
+            assert answer.status_code == 200
+
+
 def test_told_to_log_prompts_it_writes_them_and_never_answers(lone: Server):
     parts = [{"role": "user", "content": [{"type": "text", "text": "glockenspiel"}]}]
     with lone.client() as api:

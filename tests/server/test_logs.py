@@ -135,12 +135,13 @@ def test_a_request_that_the_server_fails_at_or_does_not_finish_has_an_id_too(fai
         return {"type": "http.request"}
 
     log = RequestLog(app, Metrics(CollectorRegistry()), paths=[])
-    headers = [(b"x-request-id", b"mine")]
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-request-id", b"mine")]}
     with pytest.raises(type(failure)):
         asyncio.run(log(scope, receive, send))
     start, body = sent
-    assert (start["status"], dict(start["headers"])[b"x-request-id"]) == (status, b"mine")
+    headers = dict(start["headers"])
+    assert (start["status"], headers[b"x-request-id"]) == (status, b"mine")
+    assert headers.get(b"retry-after") == (b"1" if status == 503 else None)
     error = json.loads(body["body"])["error"]
     assert (error["code"], error["type"]) == (status, "server_error")
     assert "secret" not in error["message"]

@@ -263,6 +263,25 @@ def test_a_mask_that_is_pinned_while_no_engine_has_it_is_loaded_first(masks: Mas
     assert masks.engine.held == masks.engine.pinned == {legal.id}
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_put_that_ends_when_the_engine_has_died_is_brought_back_too(masks: Masks, pinned: bool):
+    if pinned:
+        asyncio.run(masks.pin("legal", True))
+    dead, again = masks.engine, Engine()
+
+    async def load(mask: Mask) -> str:  # the last that it did; the next one has nothing
+        dead.held.add(mask.id)
+        masks.engine = again
+        masks.lose()
+        return ""
+
+    dead.load = load
+    new, _ = put(masks, "legal", "medical")
+    asyncio.run(masks.restore())
+    assert masks.engine.held == set(masks.packed) == {new.id}
+    assert masks.engine.pinned == ({new.id} if pinned else set())
+
+
 def test_of_names_that_come_and_go_no_lock_stays(masks: Masks):
     for name in ("a", "b"):
         put(masks, name, "legal")

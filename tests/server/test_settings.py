@@ -1,4 +1,6 @@
+import asyncio
 import re
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -9,8 +11,10 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 from running import MASKS, SLOTS, Server
+from serving import free_port
 
 from maskllm.capacity import Capacity, memory
+from server import __main__ as server_main
 from server.engine import client
 from server.settings import Settings
 
@@ -155,6 +159,22 @@ def test_what_a_request_may_ask_for_bounds_what_the_operator_lets_it_default_to(
     assert generation(option, '{"top_p": 0.5}') == {"top_p": 0.5, "max_new_tokens": 50}
     assert generation(option, '{"max_new_tokens": 20}') == {"max_new_tokens": 20}
     assert generation(option, '{"max_new_tokens": 90}') == {"max_new_tokens": 50}
+
+
+def test_metrics_have_a_port_of_the_hosts_family(tmp_path, monkeypatch):
+    base = Path(__file__).parents[2] / "examples/demo/base"
+
+    def start(*_: object) -> None:  # the engine, which comes after the ports
+        raise client.BadOptions("as far as it goes")
+
+    monkeypatch.setattr(server_main, "start", start)
+    monkeypatch.setattr(server_main, "Metrics", lambda: None)
+    monkeypatch.setattr(server_main.logs, "write_to", lambda _: None)
+    # Where there is no IPv6, there is nothing to be of its family.
+    for host in ("127.0.0.1", *(("::1", "::") if socket.has_ipv6 and socket.has_dualstack_ipv6() else ())):
+        settings = Settings(model=str(base), masks=tmp_path, host=host, metrics_port=free_port())
+        with pytest.raises(client.BadOptions, match="as far as it goes"):
+            asyncio.run(server_main.run(settings))
 
 
 def test_memory_for_the_cache_that_no_sum_would_show_is_refused(tmp_path, monkeypatch):

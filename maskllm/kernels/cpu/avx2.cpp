@@ -25,7 +25,8 @@ struct Avx2 {
     static F low_bf16(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
     static F high_bf16(I pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))); }
     static F permute(F x, I where) { return _mm256_permutevar_ps(x, where); }  // reads bits 1:0
-    static I table(int (*entry)(int)) {
+    template <class Entry>
+    static I table(Entry entry) {
         return _mm256_setr_epi32(entry(0), entry(1), entry(2), entry(3), entry(4), entry(5), entry(6), 0);
     }
     static Where select(I mask, int shift) {  // a permutation of dwords reads bits 2:0

@@ -54,6 +54,7 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     auto inputs = V::load_f32(panel + 16 * (j * T + t) + W * p);
+                    HOLD(inputs);
                     sum[0][t] = V::fma(first, V::permute(inputs, where.first), sum[0][t]);
                     sum[SUMS - 1][t] = V::fma(second, V::permute(inputs, where.second), sum[SUMS - 1][t]);
                 }

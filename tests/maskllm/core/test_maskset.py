@@ -31,6 +31,7 @@ from maskllm.core.maskset import (
     diff,
     from_masks,
     load,
+    most_bytes,
     reload,
     save,
     verify,
@@ -67,13 +68,19 @@ def test_a_loaded_mask_set_is_the_saved_one(tmp_path: Path) -> None:
 def test_a_file_read_again_is_what_was_loaded_or_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     sha256 = save(a_mask_set(), path)
-    first, again = load(path), reload(path, sha256)
+    most = most_bytes([(2, 12), (3, 8)])
+    assert most == 12 + (4 << 20)  # 48 weights
+    first, again = load(path), reload(path, sha256, most)
     assert again.packed.keys() == first.packed.keys()
     assert all(torch.equal(again.packed[layer], first.packed[layer]) for layer in first.packed)
     assert replace(again, packed={}) == replace(first, packed={})
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(DamagedMask, match=r"a\.safetensors has changed since it was registered"):
-        reload(path, sha256)
+        reload(path, sha256, most)
+    with path.open("ab") as file:
+        file.truncate(1 << 40)  # no memory holds what this file says that it has
+    with pytest.raises(DamagedMask, match=r"a\.safetensors has changed since it was registered"):
+        reload(path, sha256, most)
 
 
 @given(

@@ -515,6 +515,14 @@ def test_slots_of_a_dtype_that_kernels_do_not_hold_are_refused(fast, dtype):  # 
         allocate(torch.ones(4, 8), 1, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_without_slots_is_multiplied_as_it_is(fast, dtype):  # noqa: ARG001
+    weight, x = torch.tensor([[1, 2, 3, 4], [0, -1, 0, 1]]), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 2]])
+    assert cpu.dense(x.to(dtype), weight.to(dtype)).tolist() == [[10, 0], [9, 2]]
+    bias = torch.tensor([0.5, -1])
+    assert cpu.dense(x.to(dtype), weight.to(dtype), bias).tolist() == [[10.5, -1], [9.5, 1]]
+
+
 def test_a_weight_whose_rows_are_not_contiguous_is_refused(fast):  # noqa: ARG001
     weight = torch.ones(8, 4).T
     slots = allocate(weight.contiguous(), 1)
