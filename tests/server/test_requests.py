@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -234,6 +235,22 @@ def test_a_request_at_which_the_engine_fails_is_a_500_that_quotes_nobody(monkeyp
     assert "the engine failed at a request: OverflowError" in caplog.text
     assert "secret" not in caplog.text
     assert not llm.in_flight
+
+
+def test_a_request_that_cannot_be_sent_to_the_engine_is_forgotten(monkeypatch):
+    async def fail(*_: object) -> None:
+        raise OverflowError
+
+    async def abort(id: str, internal: bool) -> None:
+        aborted.append((id, internal))
+
+    aborted: list[tuple[str, bool]] = []
+    monkeypatch.setattr(AsyncLLM, "_add_request", fail)
+    llm = object.__new__(MaskedLLM)
+    llm.abort = abort
+    with pytest.raises(OverflowError):
+        asyncio.run(llm._add_request(SimpleNamespace(request_id="id")))
+    assert aborted == [("id", True)]
 
 
 def test_beam_search_is_refused_by_name(http):
