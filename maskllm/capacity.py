@@ -69,7 +69,8 @@ def measure(
     """
     base, shapes, head = _base(folder, dtype)
     slot_dtype = torch.int8 if int8 else torch.bfloat16
-    copy = cpu.quantized_bytes(*head.shape) if int8_head else 0 if bf16_on_cpu() else head.nbytes
+    packs = head.dtype == torch.float32 and not bf16_on_cpu()  # bf16 it packs with instructions for it only
+    copy = cpu.quantized_bytes(*head.shape) if int8_head else head.nbytes if packs else 0
     return Capacity(
         base=base + copy,
         slot=sum(cpu.slot_bytes(rows, columns, slot_dtype) for rows, columns in shapes),

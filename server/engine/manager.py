@@ -66,8 +66,9 @@ class MaskManager:
         """Called once, after the weights are there: give every linear layer its slots."""
         heads = (buffer for name, buffer in model.named_buffers() if name.endswith(linear.QUANTIZED))
         self.base_bytes = sum({p.data_ptr(): p.nbytes for p in (*model.parameters(), *heads)}.values())
-        packed = (layer for layer in model.modules() if hasattr(layer, "cpu_linear"))  # vLLM's copy of a head
-        self.base_bytes += sum(layer.get_parameter("weight").nbytes for layer in packed)
+        # vLLM's copy of a head, of which it makes none in bf16 without instructions for it.
+        packed = (layer.get_parameter("weight") for layer in model.modules() if hasattr(layer, "cpu_linear"))
+        self.base_bytes += sum(weight.nbytes for weight in packed if weight.dtype == torch.float32)
         fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         for name, layer in model.named_modules():
             if isinstance(layer, LinearBase) and isinstance(layer.quant_method, linear.MaskedLinearMethod):

@@ -25,7 +25,7 @@ def tensors() -> int:
 @pytest.mark.parametrize(("bf16", "copies"), [(True, 0), (False, 1)])
 def test_a_base_takes_its_tensors_and_a_head_that_our_kernel_does_not_read_a_copy(monkeypatch, bf16, copies):
     monkeypatch.setattr(capacity, "bf16_on_cpu", lambda: bf16)
-    assert measure(DEMO / "base").base == tensors() + copies * HEAD * 2
+    assert measure(DEMO / "base").base == tensors()  # bfloat16, which nothing packs
     assert measure(DEMO / "base", torch.float32).base == 2 * tensors() + copies * HEAD * 4
 
 
