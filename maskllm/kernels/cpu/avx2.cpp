@@ -29,10 +29,21 @@ struct Avx2 {
     static I table(Entry entry) {
         return _mm256_setr_epi32(entry(0), entry(1), entry(2), entry(3), entry(4), entry(5), entry(6), 0);
     }
-    static Where select(I mask, int shift) {  // a permutation of dwords reads bits 2:0
-        const I both = _mm256_permutevar8x32_epi32(table([](int i) { return FIRST[i] | SECOND[i] << 2; }),
-                                                   _mm256_srli_epi32(mask, shift));
-        return {both, _mm256_srli_epi32(both, 2)};
+    template <class Entry>
+    static I each_lane(Entry entry) {  // by what `entry` says of its bytes 0 to 15
+        return _mm256_broadcastsi128_si256(_mm_setr_epi8(entry(0), entry(1), entry(2), entry(3), entry(4), entry(5),
+                                                         entry(6), entry(7), entry(8), entry(9), entry(10), entry(11),
+                                                         entry(12), entry(13), entry(14), entry(15)));
+    }
+    // Of the low or the high nibble of each byte, what `entry` says of its pattern.
+    template <class Entry>
+    static I look_up(I mask, bool high, Entry entry) {
+        const I nibbles = _mm256_and_si256(high ? _mm256_srli_epi32(mask, 4) : mask, _mm256_set1_epi8(7));
+        return _mm256_shuffle_epi8(each_lane([&](int i) { return entry(i & 7); }), nibbles);
+    }
+    static Where select(I mask, int shift) {  // a permutation reads bits 1:0 of a dword
+        const I both = look_up(mask, shift & 4, [](int pattern) { return FIRST[pattern] | SECOND[pattern] << 2; });
+        return {_mm256_srli_epi32(both, shift & ~4), _mm256_srli_epi32(both, (shift & ~4) + 2)};
     }
     static void add_rows(F sum, float* out) {
         __m128 rows = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
@@ -47,12 +58,16 @@ struct Avx2 {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     static I permute_bytes(I x, I where) { return _mm256_shuffle_epi8(x, where); }
+    // Two groups' bytes for each row, of vector `shift` / 8: all four are made together and wait for their turn.
     static I select_bytes(I mask, int shift, int half) {
-        const I groups = table([](int i) { return FIRST[i] | SECOND[i] << 8; });
-        const I low = _mm256_permutevar8x32_epi32(groups, _mm256_srli_epi32(mask, shift));
-        const I high = _mm256_permutevar8x32_epi32(groups, _mm256_srli_epi32(mask, shift + 4));
-        return _mm256_add_epi8(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)),
-                               _mm256_set1_epi32(half ? 0x0c0c0808 : 0x04040000));
+        const I by_vector = _mm256_shuffle_epi8(mask, each_lane([](int i) { return i % 4 * 4 + i / 4; }));
+        auto pairs = [&](bool high) {
+            const I first = look_up(by_vector, high, [&](int pattern) { return 4 * high + FIRST[pattern]; });
+            const I second = look_up(by_vector, high, [&](int pattern) { return 4 * high + SECOND[pattern]; });
+            return shift < 16 ? _mm256_unpacklo_epi8(first, second) : _mm256_unpackhi_epi8(first, second);
+        };
+        const I low = pairs(false), high = pairs(true);
+        return half ? _mm256_add_epi8(_mm256_unpackhi_epi16(low, high), _mm256_set1_epi8(8)) : _mm256_unpacklo_epi16(low, high);
     }
     static I same_dword(int at) { return _mm256_set1_epi32(0x03020100 + 0x04040404 * at); }
     static void add_rows(I sum, int32_t* out) {

@@ -44,10 +44,10 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
         prefetch(masks, values, BF16_BYTES);
         typename V::I mask[PARTS];
         for (int p = 0; p < PARTS; p++) mask[p] = V::load(masks + 4 * W * p);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++)
 #pragma GCC unroll 4
-            for (int p = 0; p < PARTS; p++) {
+        for (int p = 0; p < PARTS; p++)
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
                 auto pairs = V::load(values + 64 * j + 4 * W * p);
                 auto first = V::low_bf16(pairs), second = V::high_bf16(pairs);
                 auto where = V::select(mask[p], 4 * j);
