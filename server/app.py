@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request, params
 from fastapi.responses import PlainTextResponse, Response
@@ -29,7 +29,6 @@ from server.engine.openai import (
     status_of,
     text_of_tokens,
     tokens_of_text,
-    validate_json_request,
     vllm_version,
 )
 from server.errors import ContradictingMasks, EngineDown, ErrorBody
@@ -42,8 +41,6 @@ from server.strict import StrictRoute, refuse_loose
 
 UNKNOWN = "unknown"
 """The mask label of requests whose mask does not exist: names that users invent are no labels."""
-JSONBody = Annotated[None, Depends(validate_json_request)]
-"""After the turn in a route's parameters: who has no key is told so first."""
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 JSON_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}}
@@ -136,9 +133,7 @@ async def create_app(
         responses={200: {"model": CompletionResponse, "content": STREAM}},
         openapi_extra=MASK_PARAMETERS,
     )
-    async def completions(
-        turn: UserTurn, _: JSONBody, request: CompletionRequest, raw_request: Request
-    ) -> Response:
+    async def completions(turn: UserTurn, request: CompletionRequest, raw_request: Request) -> Response:
         return await respond(request, raw_request, turn)
 
     @app.post(
@@ -147,7 +142,7 @@ async def create_app(
         openapi_extra=MASK_PARAMETERS,
     )
     async def chat_completions(
-        turn: UserTurn, _: JSONBody, request: ChatCompletionRequest, raw_request: Request
+        turn: UserTurn, request: ChatCompletionRequest, raw_request: Request
     ) -> Response:
         return await respond(request, raw_request, turn)
 
@@ -163,17 +158,13 @@ async def create_app(
         request.model = masks.base_name
 
     @app.post("/tokenize", responses={200: {"model": TokenizeResponse}})
-    async def tokenize(
-        turn: UserTurn, _: JSONBody, request: TokenizeRequest, raw_request: Request
-    ) -> Response:
+    async def tokenize(turn: UserTurn, request: TokenizeRequest, raw_request: Request) -> Response:
         await as_base(request, raw_request, turn.caller)
         response: Response = await tokens_of_text(request, raw_request)
         return response
 
     @app.post("/detokenize", responses={200: {"model": DetokenizeResponse}})
-    async def detokenize(
-        turn: UserTurn, _: JSONBody, request: DetokenizeRequest, raw_request: Request
-    ) -> Response:
+    async def detokenize(turn: UserTurn, request: DetokenizeRequest, raw_request: Request) -> Response:
         await as_base(request, raw_request, turn.caller)
         response: Response = await text_of_tokens(request, raw_request)
         return response

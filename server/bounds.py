@@ -27,7 +27,7 @@ MOST = {"allowed_token_ids": 1024, "logit_bias": 1024, "stop_token_ids": 120}
 MAX_BAD_CHARACTERS = 16 * 1024
 MAX_GRAMMAR_BYTES = 256 * 1024
 """vLLM reads bad words and grammars, once for each prompt, while every other request waits."""
-GRAMMARS = ("structured_outputs", "response_format", "tools")
+GRAMMARS = {"structured_outputs", "response_format", "tools"}
 SLOWEST = 1024
 """Bytes a second that a body brings at least, once PATIENCE_S have passed."""
 PATIENCE_S = 30
@@ -174,31 +174,27 @@ class BoundedHttp(HttpToolsProtocol):
 
 def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settings) -> None:
     """Raise TooMuch where a request asks for more than the server gives to one."""
-    prompt = getattr(request, "prompt", None)
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    n = request.n or 1
+    # Only what it says: pydantic takes long over attributes that a model does not have.
+    given = {name: value for name in request.model_fields_set if (value := getattr(request, name))}
+    prompt = given.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+    answers, tokens = "answers to a prompt", "tokens of an answer"
     asked = [
-        ("n", request.n, settings.max_n, "answers to a prompt"),
-        ("best_of", getattr(request, "best_of", None), settings.max_n, "answers to a prompt"),
-        ("max_tokens", request.max_tokens, settings.max_completion_tokens, "tokens of an answer"),
-        (
-            "max_completion_tokens",
-            getattr(request, "max_completion_tokens", None),
-            settings.max_completion_tokens,
-            "tokens of an answer",
-        ),
-        ("prompt", prompts * n, settings.max_prompts, f"answers ({prompts} prompts times n={n})"),
+        ("n", given.get("n"), settings.max_n, answers),
+        ("best_of", given.get("best_of"), settings.max_n, answers),
+        ("max_tokens", given.get("max_tokens"), settings.max_completion_tokens, tokens),
+        ("max_completion_tokens", given.get("max_completion_tokens"), settings.max_completion_tokens, tokens),
     ]
-    for param, most in MOST.items():
-        if value := getattr(request, param, None):
-            asked.append((param, len(value), most, f"entries of {param}"))
-    if request.bad_words:
-        characters = prompts * sum(map(len, request.bad_words))
+    n = given.get("n", 1)
+    asked.append(("prompt", prompts * n, settings.max_prompts, f"answers ({prompts} prompts times n={n})"))
+    for param in given.keys() & MOST.keys():
+        asked.append((param, len(given[param]), MOST[param], f"entries of {param}"))
+    if bad_words := given.get("bad_words"):
+        characters = prompts * sum(map(len, bad_words))
         asked.append(("bad_words", characters, MAX_BAD_CHARACTERS, "characters, of all prompts,"))
-    for param in GRAMMARS:
-        if value := getattr(request, param, None):
-            size = prompts * len(to_json(value))
-            asked.append((param, size, MAX_GRAMMAR_BYTES, "bytes, of all prompts,"))
+    for param in given.keys() & GRAMMARS:
+        size = prompts * len(to_json(given[param]))
+        asked.append((param, size, MAX_GRAMMAR_BYTES, "bytes, of all prompts,"))
     for param, number, limit, what in asked:
         if isinstance(number, int) and limit and number > limit:
             raise TooMuch(f"{number} {what} are too many: this server gives at most {limit}", param)

@@ -254,10 +254,8 @@ async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=400)
 
 
-def _fault(fault: Any) -> tuple[str, str]:
+def _fault(fault: Mapping[str, Any]) -> tuple[str, str]:
     """Which field, without body or query before it and pydantic's branches within, and what is wrong."""
-    if not isinstance(fault, dict):  # vLLM's, for a content type
-        return "", str(fault)
     field = [str(part) for part in fault["loc"][1:] if not re.search(r"[\[({]", str(part))]
     return ".".join(field), fault["msg"].removeprefix("Value error, ")
 

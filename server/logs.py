@@ -1,5 +1,7 @@
 """The request log: one JSON line for each request that ended."""
 
+import asyncio
+import atexit
 import json
 import logging
 import re
@@ -10,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from logging.handlers import WatchedFileHandler
+from logging.handlers import MemoryHandler, WatchedFileHandler
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,6 +26,9 @@ from server.metrics import Finished, Metrics
 logger = logging.getLogger("maskllm.requests")
 
 ID = re.compile(r"[\x21-\x7e]{1,128}")
+WRITE_S = 0.1
+"""How long a line may wait for others. Requests of one batch end together, and the next ones come first."""
+MOST_LINES = 1000
 REPLACED = (b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank")
 """Headers that vLLM reads and fails at where they are not its own; a priority is the body's to give."""
 CLIENT_GONE = 499
@@ -83,8 +88,30 @@ CURRENT: ContextVar[Entry | None] = ContextVar("current request", default=None)
 def write_to(file: Path | None) -> None:
     """Send the log to a file, which may be rotated, or to stderr."""
     handler = WatchedFileHandler(file) if file else logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers, logger.propagate = [handler], False
+    handler.setFormatter(JSONLine())
+    together = Together(MOST_LINES, target=handler)
+    logger.handlers, logger.propagate = [together], False
+    atexit.register(together.flush)
+
+
+class JSONLine(logging.Formatter):
+    """A record whose message is an object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(record.msg)
+
+
+class Together(MemoryHandler):
+    """Lines are made and written some at a time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.buffer:
+            asyncio.get_running_loop().call_later(WRITE_S, self.flush)
+        super().emit(record)
+
+    def close(self) -> None:
+        """Goes on all the same: uvicorn, as it sets up its own loggers, closes and forgets all there are."""
+        self.flush()
 
 
 class RequestLog:
@@ -168,4 +195,4 @@ class RequestLog:
         }
         if entry.prompt is not None:
             line["prompt"] = entry.prompt
-        logger.info(json.dumps(line))
+        logger.info(line)

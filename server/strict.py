@@ -120,9 +120,12 @@ class StrictRoute(APIRoute):
     """Reads bodies strictly, and answers with errors in one shape whoever made them."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+        handle, reads_json = super().get_route_handler(), self.body_field is not None
 
         async def handle_strictly(request: Request) -> Response:
+            kind = request.headers.get("content-type", "")
+            if reads_json and kind.partition(";")[0].strip().lower() != "application/json":
+                raise HTTPException(400, f"the body has to be application/json, and is {kind or 'nothing'}")
             return in_shape(await handle(StrictRequest(request.scope, request.receive)))
 
         return handle_strictly

@@ -27,7 +27,6 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMError
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
@@ -55,7 +54,6 @@ __all__ = [
     "streamed_error",
     "text_of_tokens",
     "tokens_of_text",
-    "validate_json_request",
     "vllm_version",
 ]
 

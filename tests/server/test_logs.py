@@ -3,18 +3,20 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from uuid import uuid4
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 from running import Server
 from starlette.types import Message, Receive, Scope, Send
 from test_api import label, metric
 
-from server.logs import RequestLog
+from server.logs import WRITE_S, RequestLog
 from server.metrics import Metrics
 
 ASK = {"prompt": "xylophone", "max_tokens": 4, "ignore_eos": True}
@@ -29,6 +31,19 @@ def line(server: Server, request_id: str) -> dict:
             return found[0]
         time.sleep(0.05)
     pytest.fail(f"no line for {request_id}")
+
+
+def sent(
+    server: Server, method: str, path: str, id: str, body: bytes, size: int | None = None
+) -> socket.socket:
+    """A connection to which a request, or the beginning of one of `size` bytes, was sent."""
+    host, port = server.url.removeprefix("http://").split(":")
+    kind = "octet-stream" if method == "PUT" else "json"
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer boss\r\nX-Request-Id: {id}\r\n"
+    head += f"Content-Type: application/{kind}\r\nContent-Length: {size or len(body)}\r\n\r\n"
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(head.encode() + body)
+    return connection
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -68,19 +83,10 @@ def test_a_client_that_hangs_up_is_logged_as_499_with_what_it_cost(server: Serve
     with server.client() as http:
         prompt = len(http.post("/tokenize", json={"prompt": ASK["prompt"]}).json()["tokens"])
         http.post("/v1/completions", json={**long, "max_tokens": 2})  # compiles what a batch of n needs
-        request = http.stream(
-            "POST",
-            "/v1/completions",
-            json=long,
-            headers={"X-Request-Id": id},
-            timeout=None if stream else 0.5,
-        )
-        if stream:
-            with request as answer:
-                next(answer.iter_lines())
-        else:
-            with pytest.raises(httpx.ReadTimeout), request:
-                pass
+        before = metric(http, "vllm:generation_tokens_total")
+        with sent(server, "POST", "/v1/completions", id, json.dumps(long).encode()):
+            while metric(http, "vllm:generation_tokens_total") == before:
+                time.sleep(0.01)
     logged = line(server, id)
     assert logged["status"] == 499
     assert 1 <= logged["completion_tokens"] < 400 * n
@@ -92,12 +98,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_a_499_and_leaves_noth
     server: Server, path: str
 ):
     id, tracebacks = uuid4().hex, server.log.read_text().count("Traceback")
-    method, kind = ("PUT", "octet-stream") if "masks" in path else ("POST", "json")
-    host, port = server.url.removeprefix("http://").split(":")
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer boss\r\nX-Request-Id: {id}\r\n"
-    head += f"Content-Type: application/{kind}\r\nContent-Length: 1000\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(head.encode() + b'{"prompt"')
+    method = "PUT" if "masks" in path else "POST"
+    with sent(server, method, path, id, b'{"prompt"', size=1000):
         time.sleep(0.3)
         assert len(list(server.masks.glob(".*.partial"))) == (method == "PUT")
     assert line(server, id)["status"] == 499
@@ -145,6 +147,37 @@ def test_a_request_that_the_server_fails_at_or_does_not_finish_has_an_id_too(fai
     error = json.loads(body["body"])["error"]
     assert (error["code"], error["type"]) == (status, "server_error")
     assert "secret" not in error["message"]
+
+
+LINES = """
+import asyncio, logging, sys, uvicorn
+from pathlib import Path
+from server import logs
+
+file, wait_s = Path(sys.argv[1]), float(sys.argv[2])
+logging.basicConfig(level=logging.INFO)
+logs.write_to(file)
+uvicorn.Config("app")
+
+async def main():
+    for number in range(3):
+        logs.logger.info({"line": number})
+    assert not file.read_text()
+    await asyncio.sleep(wait_s)
+    print(file.read_text())
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 2 * WRITE_S])
+def test_lines_are_written_together_soon_or_when_the_server_ends(tmp_path: Path, wait_s: float):
+    file = tmp_path / "requests.log"
+    command = [sys.executable, "-c", LINES, str(file), str(wait_s)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    written = file.read_text()
+    assert [json.loads(line) for line in written.splitlines()] == [{"line": number} for number in range(3)]
+    assert printed.strip() == (written.strip() if wait_s else "")
 
 
 def test_health_checks_are_not_logged(server: Server):

@@ -42,15 +42,14 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
         for (auto& s : sums) s = V::zero();
     for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
         prefetch(masks, values, BF16_BYTES);
-        typename V::I mask[PARTS];
-        for (int p = 0; p < PARTS; p++) mask[p] = V::load(masks + 4 * W * p);
 #pragma GCC unroll 4
-        for (int p = 0; p < PARTS; p++)
+        for (int p = 0; p < PARTS; p++) {
+            const auto mask = V::load(masks + 4 * W * p);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) {
                 auto pairs = V::load(values + 64 * j + 4 * W * p);
                 auto first = V::low_bf16(pairs), second = V::high_bf16(pairs);
-                auto where = V::select(mask[p], 4 * j);
+                auto where = V::select(mask, 4 * j);
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     auto inputs = V::load_f32(panel + 16 * (j * T + t) + W * p);
@@ -59,6 +58,7 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
                     sum[SUMS - 1][t] = V::fma(second, V::permute(inputs, where.second), sum[SUMS - 1][t]);
                 }
             }
+        }
     }
 #pragma GCC unroll 16
     for (int t = 0; SUMS > 1 && t < T; t++) sum[0][t] = V::add(sum[0][t], sum[SUMS - 1][t]);
