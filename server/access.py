@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import InvalidKey, NotAllowed, Overloaded, RateLimited, ServerError, handle
 from server.logs import CURRENT
+from server.strict import refuse_other_types
 
 Clock = Callable[[], float]
 
@@ -259,7 +260,8 @@ class Turn:
 
 class TakeTurn(Bearer):
     async def __call__(self, request: Request) -> Turn:
-        """The turn of a route that computes. Raises Overloaded."""
+        """The turn of a route that computes, from JSON. Raises Overloaded."""
+        refuse_other_types(request)
         access: Access = request.app.state.access
         held: ExitStack = request.scope["held"]
         held.enter_context(access.room())

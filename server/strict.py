@@ -33,6 +33,13 @@ UNUSED = {"include_obfuscation"}
 """Fields of OpenAI's inner objects that change no answer, and that vLLM's models lack."""
 
 
+def refuse_other_types(request: Request) -> None:
+    """Refuse a body that is not said to be JSON, which FastAPI would say less clearly."""
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(400, f"the body has to be application/json, and is {kind or 'nothing'}")
+
+
 async def refuse_loose(body: BaseModel, raw_request: Request) -> None:
     """Refuse what vLLM's models let pass: fields that nobody reads, and values that are not of their type."""
     refuse_unknown(body)
@@ -120,12 +127,9 @@ class StrictRoute(APIRoute):
     """Reads bodies strictly, and answers with errors in one shape whoever made them."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle, reads_json = super().get_route_handler(), self.body_field is not None
+        handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            kind = request.headers.get("content-type", "")
-            if reads_json and kind.partition(";")[0].strip().lower() != "application/json":
-                raise HTTPException(400, f"the body has to be application/json, and is {kind or 'nothing'}")
             return in_shape(await handle(StrictRequest(request.scope, request.receive)))
 
         return handle_strictly

@@ -1,6 +1,7 @@
 """A real server to test: how to start it, and masks it must take or refuse."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,19 @@ def serving(masks: Path, log: Path, *options: str, **environment: str) -> Iterat
     command += ["--slots", SLOTS, "--dtype", "float32", "--max-completion-tokens", MAX_COMPLETION_TOKENS]
     with running([*command, *options], log, **environment) as started:
         yield Server(started.url, masks, log, started.process)
+
+
+def sent(
+    server: Server, method: str, path: str, id: str, body: bytes, size: int | None = None, key: str = "boss"
+) -> socket.socket:
+    """A connection to which a request, or the beginning of one of `size` bytes, was sent."""
+    host, port = server.url.removeprefix("http://").split(":")
+    kind = "octet-stream" if method == "PUT" else "json"
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nX-Request-Id: {id}\r\n"
+    head += f"Content-Type: application/{kind}\r\nContent-Length: {size or len(body)}\r\n\r\n"
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(head.encode() + body)
+    return connection
 
 
 def random_mask(base: Base, path: Path, seed: int, fingerprint: str | None = None) -> Path:

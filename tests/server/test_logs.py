@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 from prometheus_client import CollectorRegistry
-from running import Server
+from running import Server, sent
 from starlette.types import Message, Receive, Scope, Send
 from test_api import label, metric
 
@@ -31,19 +30,6 @@ def line(server: Server, request_id: str) -> dict:
             return found[0]
         time.sleep(0.05)
     pytest.fail(f"no line for {request_id}")
-
-
-def sent(
-    server: Server, method: str, path: str, id: str, body: bytes, size: int | None = None
-) -> socket.socket:
-    """A connection to which a request, or the beginning of one of `size` bytes, was sent."""
-    host, port = server.url.removeprefix("http://").split(":")
-    kind = "octet-stream" if method == "PUT" else "json"
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer boss\r\nX-Request-Id: {id}\r\n"
-    head += f"Content-Type: application/{kind}\r\nContent-Length: {size or len(body)}\r\n\r\n"
-    connection = socket.create_connection((host, int(port)), timeout=30)
-    connection.sendall(head.encode() + body)
-    return connection
 
 
 @pytest.mark.parametrize("stream", [False, True])
