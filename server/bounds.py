@@ -3,6 +3,7 @@
 from asyncio import TimerHandle
 from collections import Counter
 from collections.abc import Iterator
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_json
@@ -89,8 +90,10 @@ class BoundedHttp(HttpToolsProtocol):
     """
 
     patience_s: float = PATIENCE_S
+    _due = inf
+    """When the next piece of a request must be here, which is not to its end."""
     _reading: TimerHandle | None = None
-    """Runs out while a request is not here to its end."""
+    """Looks whether it is; one for all pieces, as each timer takes microseconds."""
     _writing: TimerHandle | None = None
     """Runs out while the client reads nothing, and has enough to read."""
     _began = 0.0
@@ -107,7 +110,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._await_more()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._await_no_more()
+        if self._reading:
+            self._reading.cancel()
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -152,24 +156,24 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._pending = 0
-        self._await_no_more()
+        self._due = inf
         super().on_message_complete()
 
     def _await_more(self) -> None:
-        self._await_no_more()
-        left = self._began + self._body / SLOWEST + self.patience_s - self.loop.time()
-        self._reading = self.loop.call_later(min(left, self.patience_s), self._give_up)
+        self._due = min(self._began + self._body / SLOWEST, self.loop.time()) + self.patience_s
+        self._reading = self._reading or self.loop.call_at(self._due, self._look)
 
-    def _await_no_more(self) -> None:
-        if self._reading:
-            self._reading.cancel()
-
-    def _give_up(self) -> None:
+    def _look(self) -> None:
+        self._reading, now = None, self.loop.time()
+        if self._due == inf:
+            return
         if self.flow.read_paused:  # it is we who do not read
-            self._began = self.loop.time()
+            self._began = now
             self._await_more()
-        else:
+        elif now >= self._due:
             self.transport.close()
+        else:
+            self._reading = self.loop.call_at(self._due, self._look)
 
 
 def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settings) -> None:

@@ -28,7 +28,7 @@ LONG = (128, 512)
 """Rows for which it is measured whether torch multiplies a weight made dense faster."""
 _sparse_rows = NEVER  # as in the costs, which are a call away
 LARGE = 1 << 18
-"""Below this many weights a second thread costs more than it does."""
+"""Below this many weights, times one for each 8 rows, a second thread costs more than it does."""
 CPUINFO = Path("/proc/cpuinfo")
 AVX512 = {"avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni"}
 NEEDS = {"avx512-bf16": AVX512 | {"avx512_bf16"}, "avx512": AVX512, "avx2": {"avx2", "fma"}}
@@ -60,7 +60,7 @@ class Costs:
 def why_not() -> str | None:
     """Why these kernels cannot run here, None if they can."""
     if not _library():
-        return "the C++ kernels were not built: install the package where there is g++"
+        return "the C++ kernels were not built: install the package where there is g++ 12 or newer"
     return None
 
 
@@ -335,7 +335,7 @@ def linear(
         *weight.shape,
         None if offset is None else offset.data_ptr(),
         out.data_ptr(),
-        _threads(weight),
+        _threads(weight, x.shape[0]),
     )
     if left < 0:
         raise ValueError(f"rows use slots {sorted(set(row_slots.tolist()))}, and there are {slots.shape[0]}")
@@ -477,8 +477,8 @@ def _contiguous(weight: Tensor) -> None:
         raise ValueError(f"the weight's rows are not contiguous: strides {weight.stride()}")
 
 
-def _threads(weight: Tensor) -> int:
-    return torch.get_num_threads() if weight.numel() >= LARGE else 1
+def _threads(weight: Tensor, rows: int = 1) -> int:
+    return torch.get_num_threads() if weight.numel() * -(-rows // 8) >= LARGE else 1
 
 
 @cache

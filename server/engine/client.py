@@ -39,7 +39,7 @@ from vllm.inputs import split_enc_dec_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreRequest
@@ -130,8 +130,11 @@ class MaskedLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Every request passes here. Raises VLLMValidationError at once: a stream can still be a 400."""
         self._check(sampling_params, kwargs.get("priority", 0))
-        self.input_processor._validate_params(sampling_params, self._supported_tasks)
-        self.input_processor._validate_model_inputs(*split_enc_dec_input(prompt))
+        if (
+            sampling_params.output_kind != RequestOutputKind.FINAL_ONLY
+        ):  # of which vLLM will say the same in time
+            self.input_processor._validate_params(sampling_params, self._supported_tasks)
+            self.input_processor._validate_model_inputs(*split_enc_dec_input(prompt))
         return self._generate(prompt, sampling_params, request_id, **kwargs)
 
     def _check(self, params: SamplingParams, priority: int) -> None:

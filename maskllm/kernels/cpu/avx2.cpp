@@ -26,10 +26,6 @@ struct Avx2 {
     static F high_bf16(I pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))); }
     static F permute(F x, I where) { return _mm256_permutevar_ps(x, where); }  // reads bits 1:0
     template <class Entry>
-    static I table(Entry entry) {
-        return _mm256_setr_epi32(entry(0), entry(1), entry(2), entry(3), entry(4), entry(5), entry(6), 0);
-    }
-    template <class Entry>
     static I each_lane(Entry entry) {  // by what `entry` says of its bytes 0 to 15
         return _mm256_broadcastsi128_si256(_mm_setr_epi8(entry(0), entry(1), entry(2), entry(3), entry(4), entry(5),
                                                          entry(6), entry(7), entry(8), entry(9), entry(10), entry(11),

@@ -99,7 +99,7 @@ Handle multiply(const Value* arguments) {
     const int64_t sizes[2] = {x.sizes[0], weight.sizes[0]}, strides[2] = {weight.sizes[0], 1};
     Handle out = nullptr;
     empty_strided(2, sizes, strides, x.dtype, 0, 0, &out);
-    const int threads = weight.sizes[0] * weight.sizes[1] >= many ? omp_get_max_threads() : 1;
+    const int threads = weight.sizes[0] * weight.sizes[1] * ((step_rows + 7) / 8) >= many ? omp_get_max_threads() : 1;
     const long left = maskllm_multiply(
         x.data, x.type, x.strides[0], x.sizes[0], step_slots, weight.data, weight.type, weight.strides[0],
         (const uint8_t*)slots.data, slots.sizes[0], slots.strides[0] * (slots.type == BF16 ? 2 : 1), slots.type,

@@ -249,12 +249,15 @@ def test_two_threads_share_a_prefill(fast):  # noqa: ARG001
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_threads_leave_each_others_outputs_alone(fast, dtype):  # noqa: ARG001
+@pytest.mark.parametrize(("outs", "columns", "rows"), [(524, 512, 7), (52, 128, 400)])
+def test_threads_leave_each_others_outputs_alone(fast, dtype, outs, columns, rows):  # noqa: ARG001
+    """The weights or the rows are enough to be shared, by quads that no 16 outputs divide."""
     torch.manual_seed(0)
-    weight = torch.randn(524, 512).bfloat16()  # large enough to be shared, by quads that no 16 outputs divide
-    slots = masked(weight, [best(torch.rand(524, 512)) for _ in range(2)], dtype)
-    row_slots = torch.tensor([0, 1, 0, 0, 0, 1, 0], dtype=torch.int32)
-    x, threads = torch.randn(7, 512).bfloat16(), torch.get_num_threads()
+    weight = torch.randn(outs, columns).bfloat16()
+    assert cpu._threads(weight, rows) == torch.get_num_threads()
+    slots = masked(weight, [best(torch.rand(outs, columns)) for _ in range(2)], dtype)
+    row_slots = torch.tensor([0, 1, 0, 0, 0, 1, 0] * (rows // 7) + [0] * (rows % 7), dtype=torch.int32)
+    x, threads = torch.randn(rows, columns).bfloat16(), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = masked_linear(x, weight, slots, row_slots, None)
@@ -263,6 +266,23 @@ def test_threads_leave_each_others_outputs_alone(fast, dtype):  # noqa: ARG001
             assert torch.equal(masked_linear(x, weight, slots, row_slots, None), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_slot_is_the_same_whoever_fills_it_and_from_whichever_weight(fast, dtype):  # noqa: ARG001
+    """By one thread or by three, from bf16 or from fp32 of the same values."""
+    torch.manual_seed(0)
+    weight, threads = torch.randn(523, 1196).bfloat16(), torch.get_num_threads()
+    weight[0, :16] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0] * 4)
+    mask = best(torch.rand(weight.shape))
+    filled = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            filled += [masked(each, [mask], dtype).view(torch.uint8) for each in (weight, weight.float())]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(slots, filled[0]) for slots in filled)
 
 
 @pytest.mark.parametrize("form", [0, 1])
@@ -379,13 +399,14 @@ def test_int8_slots_answer_within_the_rounding_of_weights_and_inputs(fast):  # n
     assert ((out - expected).abs() < 4 * step * 598**0.5 / 12**0.5).all()
 
 
-def test_int8_is_exact_where_weights_and_inputs_are_whole_numbers_up_to_127(fast):  # noqa: ARG001
+@pytest.mark.parametrize(("outs", "columns", "rows"), [(8, 256, 5), (30, 2308, 43)])
+def test_int8_is_exact_where_weights_and_inputs_are_whole_numbers_up_to_127(fast, outs, columns, rows):  # noqa: ARG001
     torch.manual_seed(0)
-    weight, x = torch.randint(-127, 128, (8, 256)).float(), torch.randint(-127, 128, (5, 256)).float()
+    weight, x = (torch.randint(-127, 128, (n, columns)).float() for n in (outs, rows))
     weight[:, 0], x[:, 0] = 127, -127
-    mask = best(torch.rand(8, 256))
+    mask = best(torch.rand(outs, columns))
     slots = masked(weight, [mask], torch.int8)
-    out = masked_linear(x, weight, slots, torch.zeros(5, dtype=torch.int32), None)
+    out = masked_linear(x, weight, slots, torch.zeros(rows, dtype=torch.int32), None)
     torch.testing.assert_close(out, x @ torch.where(mask, weight, 0).T, rtol=1e-6, atol=0)
 
 
