@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, params
 from fastapi.responses import PlainTextResponse, Response
@@ -37,7 +37,7 @@ from server.masks import Masks
 from server.metrics import Metrics
 from server.names import DENSE
 from server.settings import Settings
-from server.strict import StrictRoute, refuse_loose
+from server.strict import FewFaults, StrictRoute, refuse_loose
 
 UNKNOWN = "unknown"
 """The mask label of requests whose mask does not exist: names that users invent are no labels."""
@@ -133,7 +133,9 @@ async def create_app(
         responses={200: {"model": CompletionResponse, "content": STREAM}},
         openapi_extra=MASK_PARAMETERS,
     )
-    async def completions(turn: UserTurn, request: CompletionRequest, raw_request: Request) -> Response:
+    async def completions(
+        turn: UserTurn, request: Annotated[CompletionRequest, FewFaults], raw_request: Request
+    ) -> Response:
         return await respond(request, raw_request, turn)
 
     @app.post(
@@ -142,7 +144,7 @@ async def create_app(
         openapi_extra=MASK_PARAMETERS,
     )
     async def chat_completions(
-        turn: UserTurn, request: ChatCompletionRequest, raw_request: Request
+        turn: UserTurn, request: Annotated[ChatCompletionRequest, FewFaults], raw_request: Request
     ) -> Response:
         return await respond(request, raw_request, turn)
 
@@ -158,13 +160,17 @@ async def create_app(
         request.model = masks.base_name
 
     @app.post("/tokenize", responses={200: {"model": TokenizeResponse}})
-    async def tokenize(turn: UserTurn, request: TokenizeRequest, raw_request: Request) -> Response:
+    async def tokenize(
+        turn: UserTurn, request: Annotated[TokenizeRequest, FewFaults], raw_request: Request
+    ) -> Response:
         await as_base(request, raw_request, turn.caller)
         response: Response = await tokens_of_text(request, raw_request)
         return response
 
     @app.post("/detokenize", responses={200: {"model": DetokenizeResponse}})
-    async def detokenize(turn: UserTurn, request: DetokenizeRequest, raw_request: Request) -> Response:
+    async def detokenize(
+        turn: UserTurn, request: Annotated[DetokenizeRequest, FewFaults], raw_request: Request
+    ) -> Response:
         await as_base(request, raw_request, turn.caller)
         response: Response = await text_of_tokens(request, raw_request)
         return response

@@ -29,6 +29,17 @@ MAX_BAD_CHARACTERS = 16 * 1024
 MAX_GRAMMAR_BYTES = 256 * 1024
 """vLLM reads bad words and grammars, once for each prompt, while every other request waits."""
 GRAMMARS = {"structured_outputs", "response_format", "tools"}
+MEDIA = {
+    "image_url",
+    "input_audio",
+    "audio_url",
+    "video_url",
+    "file",
+    "image_embeds",
+    "audio_embeds",
+    "image_pil",
+}
+"""Members of a message's content whose texts are not the prompt's."""
 SLOWEST = 1024
 """Bytes a second that a body brings at least, once PATIENCE_S have passed."""
 PATIENCE_S = 30
@@ -209,20 +220,23 @@ def check_texts(body: dict[str, Any], most: int) -> None:
     prompt = body.get("prompt")
     prompts = prompt if isinstance(prompt, list) else [prompt]
     messages = body.get("messages")  # which may be anything where fields that nobody reads are let pass
-    messages = messages if isinstance(messages, list) else []
-    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    tokens = body.get("tokens")
     sizes = {
         "prompt": max((len(text) for text in prompts if isinstance(text, str)), default=0),
-        "messages": sum(len(text) for content in contents for text in _texts(content)),
+        "messages": sum(map(len, _texts(messages if isinstance(messages, list) else []))),
+        "tokens": len(tokens) if isinstance(tokens, list) else 0,  # each is a character at least, or none
     }
     for param, size in sizes.items():
         if size > most:
-            raise TooMuch(f"{size} characters are too many: this model's prompts have at most {most}", param)
+            what = "tokens" if param == "tokens" else "characters"
+            raise TooMuch(f"{size} {what} are too many: this model's prompts have at most {most}", param)
 
 
-def _texts(content: Any) -> Iterator[str]:
-    """The texts of a message's content, which may come in parts."""
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
-            yield text
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in messages, but those of pictures and sounds: whichever they are, they end in the prompt."""
+    if isinstance(value, str):
+        yield value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, each in inner:
+        if name not in MEDIA:
+            yield from _texts(each)

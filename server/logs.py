@@ -20,7 +20,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import error_response
+from server.errors import body, error_response
 from server.metrics import Finished, Metrics
 
 logger = logging.getLogger("maskllm.requests")
@@ -89,7 +89,7 @@ def write_to(file: Path | None) -> None:
     """Send the log to a file, which may be rotated, or to stderr."""
     handler = WatchedFileHandler(file) if file else logging.StreamHandler()
     handler.setFormatter(JSONLine())
-    together = Together(MOST_LINES, target=handler)
+    together = Together(handler)
     logger.handlers, logger.propagate = [together], False
     atexit.register(together.flush)
 
@@ -104,10 +104,23 @@ class JSONLine(logging.Formatter):
 class Together(MemoryHandler):
     """Lines are made and written some at a time."""
 
+    def __init__(self, written_by: logging.Handler) -> None:
+        super().__init__(MOST_LINES)
+        self.written_by = written_by
+
     def emit(self, record: logging.LogRecord) -> None:
         if not self.buffer:
             asyncio.get_running_loop().call_later(WRITE_S, self.flush)
         super().emit(record)
+
+    def flush(self) -> None:
+        """Write all, and keep none: what a rotated file that cannot be opened again does not take is lost."""
+        lines, self.buffer = self.buffer, []
+        for line in lines:
+            try:
+                self.written_by.handle(line)
+            except OSError:
+                self.handleError(line)
 
     def close(self) -> None:
         """Goes on all the same: uvicorn, as it sets up its own loggers, closes and forgets all there are."""
@@ -141,7 +154,7 @@ class RequestLog:
         # vLLM names the request after this header, in the answer's id and in its own log and traces.
         held = ExitStack()
         scope = {**scope, "held": held, "headers": [*others, (b"x-request-id", entry.id.encode())]}
-        begin, sent = time.monotonic(), False
+        begin, sent, streams = time.monotonic(), False, False
 
         async def watched() -> Message:
             message = await receive()
@@ -150,10 +163,12 @@ class RequestLog:
             return message
 
         async def answer(message: Message) -> None:
-            nonlocal sent
+            nonlocal sent, streams
             if message["type"] == "http.response.start":
                 entry.status = entry.status or message["status"]
-                MutableHeaders(raw=message["headers"])["x-request-id"] = entry.id
+                headers = MutableHeaders(raw=message["headers"])
+                headers["x-request-id"] = entry.id
+                streams = headers.get("content-type", "").startswith("text/event-stream")
             sent = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
@@ -163,9 +178,14 @@ class RequestLog:
                 with held:
                     await self.app(scope, watched, answer)
             except BaseException as error:
+                status, why = SERVER_FAULT if isinstance(error, Exception) else BEING_STOPPED
                 if entry.status is None:  # what answers it further out would not say the id
-                    status, why = SERVER_FAULT if isinstance(error, Exception) else BEING_STOPPED
                     await error_response(status, why, None, {})(scope, receive, answer)
+                elif entry.status < 400 and not sent:
+                    entry.fail(status)
+                    if streams:
+                        event = f"data: {json.dumps(body(status, why, None))}\n\ndata: [DONE]\n\n"
+                        await answer({"type": "http.response.body", "body": event.encode()})
                 raise
             finally:
                 CURRENT.reset(token)

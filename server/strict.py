@@ -1,6 +1,6 @@
 """What a body may hold: JSON that every parser reads alike, fields that somebody reads, of their types."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError, WrapValidator
 from pydantic_core import from_json, to_json
 
 from server.errors import BadField, in_shape
@@ -29,8 +29,28 @@ ELSEWHERE = {
 }
 """Fields of OpenAI's, or vLLM's of old, that would change the answer, and what to do instead."""
 
+MOST_VALUES = 16 * 1024
+"""Members of objects and elements of arrays in a body, other than token ids."""
+IDS = ("prompt", "tokens")
+"""Where token ids are."""
+MOST_FAULTS = 100
 UNUSED = {"include_obfuscation"}
 """Fields of OpenAI's inner objects that change no answer, and that vLLM's models lack."""
+
+
+def _few_faults(data: Any, read: Callable[[Any], Any]) -> Any:
+    try:
+        return read(data)
+    except ValidationError as error:
+        if error.error_count() > MOST_FAULTS:  # a second and a gigabyte for those of a long array
+            raise ValueError(
+                f"the body does not have the form of a request, in {error.error_count()} ways"
+            ) from None
+        raise
+
+
+FewFaults = WrapValidator(_few_faults)
+"""What a body is annotated with, so that FastAPI does not list faults without end."""
 
 
 def refuse_other_types(request: Request) -> None:
@@ -60,6 +80,10 @@ async def refuse_loose(body: BaseModel, raw_request: Request) -> None:
             try:
                 reader.validate_json(to_json(value), strict=True)
             except ValidationError as error:
+                if error.error_count() > MOST_FAULTS:
+                    raise BadField(
+                        f"{name} has not the form it should, in {error.error_count()} ways", name
+                    ) from None
                 faults += [{**fault, "loc": ("body", name, *fault["loc"])} for fault in error.errors()]
     if faults:
         raise RequestValidationError(faults)
@@ -112,15 +136,33 @@ class StrictRequest(Request):
         return value
 
 
-def _refuse_huge(value: Any) -> None:
-    """Refuse integers beyond 64 bits, which the engine cannot be sent."""
-    if isinstance(value, list) and {*map(type, value)} == {int}:  # a million tokens take 20 ms, not 80
-        value = [min(value), max(value)]
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
-        if isinstance(inner, dict | list):
-            _refuse_huge(inner)
-        elif isinstance(inner, int) and inner.bit_length() > 63:
+def _refuse_huge(value: Any, most: int = MOST_VALUES, ids: bool = False) -> int:
+    """Refuse integers beyond 64 bits, which the engine cannot be sent, and more than `most` values.
+
+    Of each value that is wrong pydantic makes up to a dozen errors of a kilobyte. Token ids in their place
+    are not counted. Returns how many more values there may be.
+    """
+    if (
+        ids
+        and isinstance(value, list)
+        and {*map(type, value)} == {int}
+        and 0 <= min(value) <= max(value) < 1 << 31
+    ):
+        return most  # a million take 20 ms so
+    inner: Collection[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = [(None, each) for each in value] if len(value) <= most else value
+    most -= len(inner)
+    if most < 0:
+        raise HTTPException(400, f"the body has more than {MOST_VALUES} values that are no token ids")
+    for name, each in inner:
+        if isinstance(each, dict | list):
+            most = _refuse_huge(each, most, name in IDS or (name is None and ids))
+        elif isinstance(each, int) and each.bit_length() > 63:
             raise HTTPException(400, "the body has an integer beyond 64 bits")
+    return most
 
 
 class StrictRoute(APIRoute):

@@ -39,7 +39,7 @@ from vllm.inputs import split_enc_dec_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreRequest
@@ -130,11 +130,8 @@ class MaskedLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Every request passes here. Raises VLLMValidationError at once: a stream can still be a 400."""
         self._check(sampling_params, kwargs.get("priority", 0))
-        if (
-            sampling_params.output_kind != RequestOutputKind.FINAL_ONLY
-        ):  # of which vLLM will say the same in time
-            self.input_processor._validate_params(sampling_params, self._supported_tasks)
-            self.input_processor._validate_model_inputs(*split_enc_dec_input(prompt))
+        self.input_processor._validate_params(sampling_params, self._supported_tasks)
+        self.input_processor._validate_model_inputs(*split_enc_dec_input(prompt))
         return self._generate(prompt, sampling_params, request_id, **kwargs)
 
     def _check(self, params: SamplingParams, priority: int) -> None:
@@ -548,6 +545,8 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         "data_parallel_size": 1,
         "api_server_count": 1,
         "shutdown_timeout": 0,
+        # Layers would get some of a step's rows, and a mask is found by the row.
+        "kv_sharing_fast_prefill": False,
         # What vLLM's own server reads, and ours does not.
         "root_path": None,
         "enable_ssl_refresh": False,
@@ -574,8 +573,13 @@ def _check_tls(args: Namespace) -> None:
 
 
 def configuration(args: Namespace) -> VllmConfig:
-    """vLLM's own configuration of these arguments, where ours differs in what no argument says."""
+    """vLLM's own configuration of these arguments, where ours differs in what no argument says.
+
+    Raises BadOptions for a base whose layers cannot be masked.
+    """
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    if config.model_config.use_mla:  # parts of which vLLM multiplies outside of their layers
+        raise BadOptions("a base with latent attention (MLA), as DeepSeek's, does not work with masks yet")
     alone = args.distributed_executor_backend is None and args.tensor_parallel_size == 1
     if current_platform.is_cpu() and alone:
         # One process schedules and computes. vLLM would make it two, and the scheduler, which spins while

@@ -2,8 +2,12 @@
 
 import asyncio
 import json
+import re
 import socket
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from running import MAX_COMPLETION_TOKENS, Server
@@ -33,6 +37,55 @@ def talk(server: Server, *parts: bytes) -> tuple[int, bytes]:
         except (ConnectionResetError, BrokenPipeError):
             pass
     return sent, answer
+
+
+def peak_bytes(server: Server) -> int:
+    """The most memory that the API's process has had."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/PID/status is Linux's")
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{}] * 200_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 20_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 200_000}]}),
+        ("/v1/chat/completions", {"messages": [{}] * 16_000}),
+        ("/v1/completions", {"prompt": [-1] * 200_000}),
+        ("/v1/completions", {"prompt": "a", "stop": [1] * 200_000}),
+        ("/tokenize", {"messages": [{}] * 200_000}),
+    ],
+)
+def test_many_small_things_that_are_wrong_are_told_at_once_and_take_no_memory(server: Server, path, body):
+    """pydantic makes up to a dozen errors of each: 4 MB of them took a minute and 20 GB."""
+    with server.client() as http:
+        http.get("/version")
+        before, begin = peak_bytes(server), time.monotonic()
+        answer = http.post(path, json=body)
+        took = time.monotonic() - begin
+    assert answer.status_code == 400
+    assert len(answer.text) < 1000
+    assert took < 5
+    assert peak_bytes(server) - before < 300e6
+
+
+@pytest.mark.parametrize("kind", ["text", "refusal", "thinking"])
+def test_a_text_longer_than_any_prompt_is_refused_whatever_it_is_called(server: Server, kind: str):
+    part = {"type": kind, kind: "a" * 1_000_000}
+    with server.client() as http:
+        answer = http.post("/tokenize", json={"messages": [{"role": "assistant", "content": [part]}]})
+    assert answer.status_code == 400
+    assert "are too many: this model's prompts have at most" in answer.json()["error"]["message"]
+
+
+def test_more_tokens_than_any_prompt_has_are_not_made_text(server: Server):
+    with server.client() as http:
+        answer = http.post("/detokenize", json={"tokens": [5] * 1_000_000})
+        fit = http.post("/detokenize", json={"tokens": [5] * 2000})
+    assert (answer.status_code, fit.status_code) == (400, 200)
+    assert answer.json()["error"]["param"] == "tokens"
 
 
 @pytest.mark.parametrize("length", ["declared", "chunked"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging.handlers
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from running import Server, sent
 from starlette.types import Message, Receive, Scope, Send
 from test_api import label, metric
 
-from server.logs import WRITE_S, RequestLog
+from server.logs import CURRENT, MOST_LINES, WRITE_S, RequestLog, Together
 from server.metrics import Metrics
 
 ASK = {"prompt": "xylophone", "max_tokens": 4, "ignore_eos": True}
@@ -164,6 +165,66 @@ def test_lines_are_written_together_soon_or_when_the_server_ends(tmp_path: Path,
     written = file.read_text()
     assert [json.loads(line) for line in written.splitlines()] == [{"line": number} for number in range(3)]
     assert printed.strip() == (written.strip() if wait_s else "")
+
+
+def test_a_log_that_cannot_be_written_for_a_while_goes_on_later_and_keeps_nothing(tmp_path: Path, capsys):
+    """As one is whose file was rotated to where the server may not write."""
+    target, fails = logging.handlers.WatchedFileHandler(tmp_path / "log"), True
+    reopen = target.reopenIfNeeded
+
+    def reopen_or_fail() -> None:
+        if fails:
+            raise PermissionError(13, "Permission denied")
+        reopen()
+
+    target.reopenIfNeeded = reopen_or_fail
+    together = Together(target)
+
+    async def log() -> None:
+        nonlocal fails
+        for number in (*range(MOST_LINES + 1), -1):
+            fails = number >= 0
+            together.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": logging.INFO}))
+            if number in (MOST_LINES, -1):
+                await asyncio.sleep(2 * WRITE_S)
+                assert not together.buffer
+
+    asyncio.run(log())
+    target.close()
+    assert (tmp_path / "log").read_text() == "line -1\n"
+    assert "Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"), [(OSError("of a secret"), 500), (asyncio.CancelledError(), 503)]
+)
+def test_a_stream_that_the_server_cuts_off_says_so_and_counts_as_failed(failure, status):
+    sent: list[Message] = []
+    ended: list[int] = []
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        CURRENT.get().count_error = ended.append
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        raise failure
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    metrics = Metrics(CollectorRegistry())
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    with pytest.raises(type(failure)):
+        asyncio.run(RequestLog(app, metrics, paths=["/"])(scope, receive, send))
+    *_, event = sent
+    data, done = event["body"].decode().strip().split("\n\n")
+    assert json.loads(data.removeprefix("data: "))["error"]["code"] == status
+    assert (done, event.get("more_body", False)) == ("data: [DONE]", False)
+    assert ended == [status]
+    assert metrics.responses.labels("/", status)._value.get() == 1
 
 
 def test_health_checks_are_not_logged(server: Server):

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 from running import BASE, MASKS, SLOTS, Server
 from serving import free_port
+from transformers import DeepseekV2Config
 
 from maskllm.capacity import Capacity, memory
 from server import __main__ as server_main
@@ -71,6 +72,7 @@ def test_a_value_that_has_lora_in_it_is_nobodys_business(tmp_path):
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 does not work with masks yet"),
         (["--distributed-executor-backend", "ray"], "vLLM has none on cpu: leave the option out"),
         (["--root-path", "/llm"], "--root-path /llm does not work with masks yet: leave the option out"),
+        (["--kv-sharing-fast-prefill"], "--kv-sharing-fast-prefill True does not work with masks yet"),
         (["--ssl-keyfile", "key.pem"], "--ssl-keyfile: give a --ssl-certfile, too"),
         (["--ssl-certfile", "gone.pem"], "--ssl-certfile: No such file or directory"),
         (["--api-key", "secret"], "make a key with `maskllm key ID`, and use --keys FILE"),
@@ -182,6 +184,14 @@ def test_memory_for_the_cache_that_no_sum_would_show_is_refused(tmp_path, monkey
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
     with pytest.raises(client.BadOptions, match="use --kv-cache-memory-bytes"):
         client.arguments(Settings(model=str(BASE), masks=tmp_path), BASE)
+
+
+def test_a_base_whose_attention_multiplies_outside_of_its_layers_is_refused(tmp_path):
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "kv_lora_rank": 32}
+    DeepseekV2Config(**small, architectures=["DeepseekV2ForCausalLM"]).save_pretrained(tmp_path)
+    args = client.arguments(Settings(model=str(tmp_path), masks=tmp_path), tmp_path)
+    with pytest.raises(client.BadOptions, match=r"latent attention \(MLA\).* does not work with masks yet"):
+        client.configuration(args)
 
 
 def test_a_model_that_cannot_be_compiled_is_not_compiled_by_force(tmp_path, monkeypatch):
