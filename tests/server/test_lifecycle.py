@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 from running import MASKS, Server, random_mask
+from test_api import metric
 from test_masks import Engine
 
+from maskllm.core import maskset
 from maskllm.core.base import Base
 from server.masks import Masks
 from server.metrics import Metrics
@@ -179,6 +182,45 @@ def test_a_mask_is_known_then_packed_then_resident(api, server: Server, base: Ba
     assert api.delete("/v1/masks/stages").status_code == 204
 
 
+def test_a_mask_says_how_it_was_made_and_what_it_reached(api):
+    card, mask_set = state(api, "legal"), maskset.load(MASKS / "legal.safetensors")
+    assert card["provenance"]["method"].startswith("maskllm")
+    assert (card["provenance"], card["scores"]) == (mask_set.provenance, mask_set.scores)
+
+
+def test_a_loaded_mask_needs_its_file_no_more(api, server: Server):
+    file, crowd = server.masks / "orphan.safetensors", [f"guest{number}" for number in range(server.slots)]
+    shutil.copy(MASKS / "legal.safetensors", file)
+    assert api.put("/v1/masks/orphan").status_code == 201
+    before = api.post("/v1/completions", params={"mask": "orphan"}, json=ASK).json()["choices"]
+    file.unlink()
+    for name in crowd:
+        assert api.put(f"/v1/masks/{name}", json={"file": "code.safetensors"}).status_code == 201
+        api.post("/v1/completions", params={"mask": name}, json=ASK)
+    assert state(api, "orphan")["state"] == "packed"
+    assert api.post("/v1/completions", params={"mask": "orphan"}, json=ASK).json()["choices"] == before
+    for name in ("orphan", *crowd):
+        assert api.delete(f"/v1/masks/{name}").status_code == 204
+
+
+def test_a_pinned_mask_that_is_deleted_gives_its_slot_and_its_pin_back(api, server: Server):
+    names = ["legal", "medical", "code", "novels", "stories"][: server.slots - 1]
+    assert api.put("/v1/masks/fixed", json={"file": "legal.safetensors"}).status_code == 201
+    assert api.put("/v1/masks/fixed/pin").json()["state"] == "resident"
+    used = metric(api, "maskllm_slots_used")
+    assert api.delete("/v1/masks/fixed").status_code == 204
+    assert metric(api, "maskllm_slots_used") == used - 1
+    for name in names:  # all that may be pinned at a time
+        assert api.put(f"/v1/masks/{name}/pin").status_code == 200
+    asked = api.post("/v1/completions", params={"mask": "general"}, json=ASK, timeout=20)
+    assert asked.status_code == 200  # in the slot that is left
+    for name in names:
+        assert api.delete(f"/v1/masks/{name}/pin").status_code == 200
+    again = api.put("/v1/masks/fixed", json={"file": "legal.safetensors"}).json()
+    assert (again["pinned"], again["state"]) == (False, "packed")
+    assert api.delete("/v1/masks/fixed").status_code == 204
+
+
 def test_a_pinned_mask_stays_in_its_slot_whoever_comes(api, server: Server, base: Base):
     for number in range(server.slots):
         random_mask(base, server.masks / f"crowd{number}.safetensors", seed=20 + number)
@@ -218,7 +260,11 @@ def test_an_alias_answers_says_who_it_was_and_protects_its_masks(api):
     assert api.get("/v1/aliases").json()["data"] == [{"id": "court", "object": "alias", "masks": weights}]
     assert "court" in [model["id"] for model in api.get("/v1/models").json()["data"]]
     answer = api.post("/v1/completions", json={**ASK, "model": "court"})
-    assert answer.headers["X-Mask"].rpartition("@")[0] in weights
+    answering = answer.headers["X-Mask"].rpartition("@")[0]
+    assert answering in weights
+    assert {name: metric(api, "maskllm_requests_total", mask=name) for name in ("court", *weights)} == {
+        "court": 0, **{name: name == answering for name in weights}
+    }  # fmt: skip
     assert api.delete("/v1/masks/court@v2").status_code == 409
     assert api.put("/v1/masks/court", json={"file": "legal.safetensors"}).status_code == 400
     assert api.put("/v1/aliases/court", json={"masks": {"court@v1": 1}}).status_code == 200
