@@ -21,6 +21,7 @@ import httpx
 import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from maskllm.core import maskset
 from maskllm.core.maskset import MaskSet
@@ -70,19 +71,29 @@ class Server:
         api = psutil.Process(self.process.pid)
         return {"API": api.memory_info().rss, "engine": self.engine.memory_info().rss}
 
+    def in_flight(self) -> int:
+        """Requests that the engine has or the API holds; also of the dense base and of replaced versions."""
+        with self.client() as client:
+            held = sum(mask["in_flight"] for mask in client.get("/v1/masks").json()["data"])
+        return max(held, round(sum(sample.value for sample in self._samples("maskllm_requests_in_flight"))))
+
     def swaps(self) -> dict[str, "Swaps"]:
         """All swaps since its start, by source."""
+        found: dict[str, Swaps] = {}
+        for sample in self._samples("maskllm_swap_seconds"):
+            swaps = found.setdefault(sample.labels["source"], Swaps({}, 0.0))
+            if sample.name.endswith("_bucket"):
+                swaps.upto[float(sample.labels["le"])] = sample.value
+            elif sample.name.endswith("_sum"):
+                found[sample.labels["source"]] = Swaps(swaps.upto, sample.value)
+        return found
+
+    def _samples(self, name: str) -> list[Sample]:
+        """Of one family of its metrics."""
         with self.client() as client:
             text = client.get("/metrics").text
-        found: dict[str, Swaps] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples if family.name == "maskllm_swap_seconds" else []:
-                swaps = found.setdefault(sample.labels["source"], Swaps({}, 0.0))
-                if sample.name.endswith("_bucket"):
-                    swaps.upto[float(sample.labels["le"])] = sample.value
-                elif sample.name.endswith("_sum"):
-                    found[sample.labels["source"]] = Swaps(swaps.upto, sample.value)
-        return found
+        families = [family for family in text_string_to_metric_families(text) if family.name == name]
+        return [sample for family in families for sample in family.samples]
 
 
 @dataclass(frozen=True)

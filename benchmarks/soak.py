@@ -263,7 +263,8 @@ async def run(soak: Soak, seconds: float, capacity_s: float) -> list[Row]:
     took = time.monotonic() - begin
     host = soak.server.swaps()["host"].since(before.get("host"))
     verdicts = judge(soak, soak.answers)
-    left_behind = await in_flight(soak)
+    await asyncio.sleep(2)  # those of clients that left
+    left_behind = await asyncio.to_thread(soak.server.in_flight)
     unproved = await prove(
         soak, [a for a, verdict in zip(soak.answers, verdicts, strict=True) if verdict == TIE]
     )
@@ -423,13 +424,6 @@ async def prove(soak: Soak, ties: list[Answer]) -> int:
             unproved += 1
             say(f"wrong: {answer.ask}: {answer.label} does not go on so after a near tie")
     return unproved
-
-
-async def in_flight(soak: Soak) -> int:
-    """Requests that the server still has, a while after the last: of clients whose leaving it missed."""
-    await asyncio.sleep(2)
-    async with soak.session.get("/v1/masks") as response:
-        return sum(mask["in_flight"] for mask in (await response.json())["data"])
 
 
 def figures(
