@@ -1,8 +1,9 @@
 """What a body may hold: JSON that every parser reads alike, fields that somebody reads, of their types."""
 
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Coroutine
 from difflib import get_close_matches
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 from fastapi import HTTPException, Request, Response
@@ -132,37 +133,33 @@ class StrictRequest(Request):
             value = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
             raise HTTPException(400, f"the body is not JSON: {error}") from None
-        _refuse_huge(value)
+        if isinstance(value, dict | list):
+            _refuse_huge(value)
         return value
 
 
-def _refuse_huge(value: Any, most: int = MOST_VALUES, ids: bool = False) -> int:
+def _refuse_huge(value: dict[str, Any] | list[Any], most: int = MOST_VALUES, ids: bool = False) -> int:
     """Refuse integers beyond 64 bits, which the engine cannot be sent, and more than `most` values.
 
     Of each value that is wrong pydantic makes up to a dozen errors of a kilobyte. Token ids in their place
     are not counted. Returns how many more values there may be.
     """
-    if (
-        ids
-        and isinstance(value, list)
-        and {*map(type, value)} == {int}
-        and 0 <= min(value) <= max(value) < 1 << 31
-    ):
-        return most  # a million take 20 ms so
-    inner: Collection[tuple[Any, Any]] = ()
-    if isinstance(value, dict):
-        inner = value.items()
-    elif isinstance(value, list):
-        inner = [(None, each) for each in value] if len(value) <= most else value
-    most -= len(inner)
+    if ids and isinstance(value, list) and _are_ids(value):
+        return most
+    most -= len(value)
     if most < 0:
         raise HTTPException(400, f"the body has more than {MOST_VALUES} values that are no token ids")
-    for name, each in inner:
+    for name, each in value.items() if isinstance(value, dict) else zip(repeat(None), value):
         if isinstance(each, dict | list):
             most = _refuse_huge(each, most, name in IDS or (name is None and ids))
         elif isinstance(each, int) and each.bit_length() > 63:
             raise HTTPException(400, "the body has an integer beyond 64 bits")
     return most
+
+
+def _are_ids(value: list[Any]) -> bool:
+    """A million take 20 ms so, and 80 one by one."""
+    return {*map(type, value)} == {int} and 0 <= min(value) <= max(value) < 1 << 31
 
 
 class StrictRoute(APIRoute):

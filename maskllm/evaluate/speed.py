@@ -110,12 +110,12 @@ class Layer:
             at = (turn + self.count // 2) % self.count
             cpu.dense_int8(half, self.weights[at], self.dense_int8[at])
 
-        some = {"ours, dense bf16": ours(self.bf16, half, dense, 0.5)}
+        extra = {"ours, dense bf16": ours(self.bf16, half, dense, 0.5)}
         if cpu.using() != "avx512-bf16" or rows > cpu.dense_rows():  # it would be torch's
-            some.clear()
+            extra.clear()
         linear, quantized = functional.linear, torch.ops.quantized.linear_dynamic
         if rows == 1:  # which torch has a faster product for
-            some["torch fp32, mv"] = lambda turn: torch.mv(self.floats[turn % len(self.floats)], x[0])
+            extra["torch fp32, mv"] = lambda turn: torch.mv(self.floats[turn % len(self.floats)], x[0])
         return {
             "torch fp32": lambda turn: linear(x, self.floats[turn % len(self.floats)]),
             "torch bf16": lambda turn: linear(half, self.weights[turn % self.count]),
@@ -124,7 +124,7 @@ class Layer:
             "2:4 bf16, fp32 inputs": ours(self.bf16, x, masked, 0.5),
             "2:4 int8": ours(self.int8, half, masked, 0),
             "ours, dense int8": dense_int8,
-        } | some
+        } | extra
 
     def swap(self) -> dict[str, Callable[[int], object]]:
         """Writing a mask into a slot, against copying the dense weight, of the type that the server holds."""
