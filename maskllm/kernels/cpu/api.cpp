@@ -121,6 +121,14 @@ void lane_order(const void* block, uint8_t* out, size_t step) {
         for (size_t l = 0; l < 4; l++) std::memcpy(out + step * v + 16 * l, (const uint8_t*)block + 16 * (V * l + v), 16);
 }
 
+void even_first(const float* block, uint8_t* out, size_t step) {
+    for (size_t v = 0; v < 8; v++) {
+        float half[16];
+        for (size_t i = 0; i < 16; i++) half[i] = block[v / 2 * 32 + 2 * i + v % 2];
+        std::memcpy(out + step * v, half, 64);
+    }
+}
+
 void natural_order(const uint16_t* block, uint8_t* out, size_t step) {
     for (size_t v = 0; v < 4; v++) std::memcpy(out + step * v, block + 32 * v, 64);
 }
@@ -135,9 +143,9 @@ void read_block(const void* x, int type, const Shape& s, size_t b, float* block)
     std::fill(block + count, block + COLUMNS, 0.f);
 }
 
-enum Form { LANES_F32, LANES_BF16, LANES_INT8, NATURAL_BF16 };
+enum Form { LANES_F32, LANES_BF16, LANES_INT8, EVEN_FIRST_F32, NATURAL_BF16 };
 
-size_t element_bytes(Form form) { return form == LANES_F32 ? 4 : form == LANES_INT8 ? 1 : 2; }
+size_t element_bytes(Form form) { return form == LANES_INT8 ? 1 : form == LANES_BF16 || form == NATURAL_BF16 ? 2 : 4; }
 
 constexpr long READ = 1 << 15;  // numbers that a thread reads in one go
 
@@ -173,8 +181,8 @@ CLONES float lay_out(const void* x, int type, const Shape& s, Form form, int inp
             continue;
         }
         read_block(x, type, s, b, block);
-        if (form == LANES_F32) {
-            lane_order<8>(block, out, step);
+        if (form == LANES_F32 || form == EVEN_FIRST_F32) {
+            form == LANES_F32 ? lane_order<8>(block, out, step) : even_first(block, out, step);
             continue;
         }
         uint8_t bytes[COLUMNS];
@@ -223,7 +231,7 @@ struct Batch {
     std::vector<Part> parts;
 
     Form form(const Part& part) const {
-        if (part.slot < 0) return NATURAL_BF16;
+        if (part.slot < 0) return x_type == BF16 && kernels->dense_bf16 ? NATURAL_BF16 : EVEN_FIRST_F32;
         if (is_int8(slot_type)) return LANES_INT8;
         return x_type == BF16 && kernels->sparse_bf16 ? LANES_BF16 : LANES_F32;
     }
@@ -243,23 +251,26 @@ void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t blo
     for (int t = 0; fused && t < panel.inputs; t++)
         masks[t] = batch.masks(batch.row_slots[batch.order[panel.first + std::min(t, panel.rows - 1)]], q, block);
     const uint16_t* weight = batch.weight + q * ROWS * batch.weight_stride + block * COLUMNS;
-    const size_t columns = std::min(blocks * COLUMNS, s.columns - block * COLUMNS);
-    size_t stride = batch.weight_stride;
-    std::vector<uint16_t> last;
-    if (const size_t present = s.outs - q * ROWS; present < ROWS) {
-        last.resize(ROWS * columns);
-        for (size_t r = 0; r < present; r++) std::memcpy(&last[r * columns], weight + r * stride, 2 * columns);
-        weight = last.data(), stride = columns;
+    size_t columns = std::min(blocks * COLUMNS, s.columns - block * COLUMNS), stride = batch.weight_stride;
+    const size_t present = std::min(ROWS, s.outs - q * ROWS), padded = ceil_div(columns, 32) * 32;
+    std::vector<uint16_t> copy;
+    if (present < ROWS || columns < padded) {
+        copy.resize(ROWS * padded);
+        for (size_t r = 0; r < present; r++) std::memcpy(&copy[r * padded], weight + r * stride, 2 * columns);
+        weight = copy.data(), stride = columns = padded;
     }
-    const auto inputs = (const uint16_t*)panel.data + block * COLUMNS * panel.inputs;
-    kernels->dense_bf16(weight, stride, columns, fused ? masks : nullptr, s.quads * CHUNK * MASK_BYTES, inputs,
-                        panel.inputs, sums);
+    const size_t at = block * COLUMNS * panel.inputs;
+    if (batch.form(*panel.part) == EVEN_FIRST_F32)
+        kernels->dense_f32(weight, stride, columns, (const float*)panel.data + at, panel.inputs, sums);
+    else
+        kernels->dense_bf16(weight, stride, columns, fused ? masks : nullptr, s.quads * CHUNK * MASK_BYTES,
+                            (const uint16_t*)panel.data + at, panel.inputs, sums);
 }
 
 // Some blocks of quad `q` times the same of a panel.
 void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, float* sums) {
+    if (panel.part->slot < 0) return multiply_dense(batch, panel, q, block, blocks, sums);
     const Form form = batch.form(*panel.part);
-    if (form == NATURAL_BF16) return multiply_dense(batch, panel, q, block, blocks, sums);
     const uint8_t* masks = batch.slot_type == INT8_DENSE ? nullptr : batch.masks(panel.part->slot, q, block);
     const uint8_t* values = batch.values(panel.part->slot, q, block);
     const uint8_t* inputs = panel.data + block * COLUMNS * panel.inputs * element_bytes(form);
@@ -397,12 +408,10 @@ void choose_form(Batch& batch) {
     }
 }
 
-bool is_bf16(int x_type, int weight_type) { return kernels->dense_bf16 && weight_type == BF16 && x_type == BF16; }
-
 // How many dense rows are torch's.
-long dense_left(bool bf16, const int32_t* row_slots, long rows) {
+long dense_left(int weight_type, const int32_t* row_slots, long rows) {
     const long dense = std::count_if(row_slots, row_slots + rows, [](int32_t slot) { return slot < 0; });
-    return bf16 && dense <= costs.dense_rows ? 0 : dense;
+    return weight_type == BF16 && dense <= costs.dense_rows ? 0 : dense;
 }
 
 // The rows of a batch by slot; without the dense ones where they are left to torch.
@@ -630,24 +639,23 @@ void maskllm_expand(const uint8_t* slot, void* out, int out_type, long outs, lon
 }
 
 // Whether `maskllm_multiply` leaves none of these rows, and no others are better left to it.
-bool maskllm_multiplies_all(int x_type, const int32_t* row_slots, long rows, int weight_type) {
-    return rows <= costs.sparse_rows && !dense_left(is_bf16(x_type, weight_type), row_slots, rows);
+bool maskllm_multiplies_all(const int32_t* row_slots, long rows, int weight_type) {
+    return rows <= costs.sparse_rows && !dense_left(weight_type, row_slots, rows);
 }
 
 // Multiply a batch x (rows, columns) by the slot of each row, -1 for dense, into y (rows, outs) of x's type. Returns
-// how many dense rows it leaves, which is all or none: torch does them better where there are many, or not bf16.
+// how many dense rows it leaves, which is all or none: torch does them better where there are many, or of other weights.
 // -1, and nothing done, where a row's slot is none of `count`.
 long maskllm_multiply(const void* x, int x_type, long x_stride, long rows, const int32_t* row_slots, const void* weight,
                       int weight_type, long weight_stride, const uint8_t* slots, long count, long slot_stride, int slot_type,
                       long outs, long columns, const float* bias, void* y, int threads) {
     if (std::any_of(row_slots, row_slots + rows, [&](int32_t slot) { return slot < -1 || slot >= count; })) return -1;
-    const bool bf16 = is_bf16(x_type, weight_type);
-    const long left = dense_left(bf16, row_slots, rows);
+    const long left = dense_left(weight_type, row_slots, rows);
     Batch batch = {Shape(outs, columns), x, x_type, size_t(x_stride), row_slots, (const uint16_t*)weight,
                    size_t(weight_stride), slots, size_t(slot_stride), slot_type, bias, y, {}, {}};
     arrange(batch, rows, left);
     if (batch.order.empty()) return left;
-    if (bf16 && slot_type == BF16) choose_form(batch);
+    if (kernels->dense_bf16 && weight_type == BF16 && x_type == BF16 && slot_type == BF16) choose_form(batch);
     run(batch, threads);
     return left;
 }

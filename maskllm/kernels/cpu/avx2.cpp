@@ -45,6 +45,11 @@ struct Avx2 {
         __m128 rows = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
         _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), rows));
     }
+    static float add_all(F sum) {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
 
     static I zero_int() { return _mm256_setzero_si256(); }
     static I add(I a, I b) { return _mm256_add_epi32(a, b); }
@@ -121,8 +126,8 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* avx2() {
-    static const Kernels kernels = {"avx2", Avx2::TILE, sparse_f32<Avx2>, nullptr,  int8<Avx2>,
-                                    false,  nullptr,    fill_bf16,        fill_int8};
+    static const Kernels kernels = {"avx2", Avx2::TILE,      sparse_f32<Avx2>, nullptr,   int8<Avx2>,
+                                    false,  dense_f32<Avx2>, nullptr,          fill_bf16, fill_int8};
     return &kernels;
 }
 

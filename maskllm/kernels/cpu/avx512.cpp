@@ -38,6 +38,7 @@ struct Avx512 {
         __m128 rows = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
         _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), rows));
     }
+    static float add_all(F sum) { return _mm512_reduce_add_ps(sum); }
 
     static I zero_int() { return _mm512_setzero_si512(); }
     static I ones() { return _mm512_set1_epi8(1); }
@@ -282,14 +283,14 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* avx512() {
-    static const Kernels kernels = {"avx512", Avx512::TILE, sparse_f32<Avx512>, nullptr,  int8<Avx512>,
-                                    true,     nullptr,      fill_bf16,          fill_int8};
+    static const Kernels kernels = {"avx512", Avx512::TILE,      sparse_f32<Avx512>, nullptr,   int8<Avx512>,
+                                    true,     dense_f32<Avx512>, nullptr,            fill_bf16, fill_int8};
     return &kernels;
 }
 
 const Kernels* avx512_bf16() {
-    static const Kernels kernels = {"avx512-bf16", Avx512::TILE, sparse_f32<Avx512>, sparse_bf16, int8<Avx512>,
-                                    true,          dense_bf16,   fill_bf16,          fill_int8};
+    static const Kernels kernels = {"avx512-bf16", Avx512::TILE,      sparse_f32<Avx512>, sparse_bf16, int8<Avx512>,
+                                    true,          dense_f32<Avx512>, dense_bf16,         fill_bf16,   fill_int8};
     return &kernels;
 }
 

@@ -53,7 +53,7 @@ static inline uint16_t to_bf16(float value) {  // to nearest, ties to even; a Na
 }
 
 // Products of one quad with a panel of 1, 2, 4, 8 or 16 inputs (at most `tile`), added to
-// out[4 * input + row]. One that is null is done by another: bf16 inputs as fp32, dense rows by torch.
+// out[4 * input + row]. Where one for bf16 inputs is null they are multiplied as fp32.
 struct Kernels {
     const char* name;
     int tile;
@@ -62,7 +62,10 @@ struct Kernels {
     // Sums of products of integers, of all columns where `masks` is null. Inputs are signed, or unsigned with zero at 128.
     void (*int8)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out);
     bool int8_is_unsigned;
-    // Four rows of the dense weight and a panel of 1, 2 or 4 inputs in natural order; masks[input] has the mask bits
+    // Four rows of the dense weight, a multiple of 32 columns, and a panel of 1, 2 or 4 inputs, of each 32 columns the
+    // even ones first.
+    void (*dense_f32)(const uint16_t* weight, size_t weight_stride, size_t columns, const float* panel, int inputs, float* out);
+    // The same with inputs in natural order; masks[input] has the mask bits
     // of an input in the first chunk, where it has a mask: the form that reads the weight once for many masks.
     void (*dense_bf16)(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
                        size_t mask_stride, const uint16_t* panel, int inputs, float* out);

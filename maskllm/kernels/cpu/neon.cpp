@@ -39,6 +39,7 @@ struct Neon {
         return {vaddq_u8(vshlq_n_u8(look_up(FIRST, of), 2), bytes), vaddq_u8(vshlq_n_u8(look_up(SECOND, of), 2), bytes)};
     }
     static void add_rows(F sum, float* out) { vst1q_f32(out, vaddq_f32(vld1q_f32(out), sum)); }
+    static float add_all(F sum) { return vaddvq_f32(sum); }
 
     static I zero_int() { return vdupq_n_s32(0); }
     static I add(I a, I b) { return vaddq_s32(a, b); }
@@ -62,8 +63,8 @@ struct Neon {
 }  // namespace
 
 const Kernels* neon() {
-    static const Kernels kernels = {"neon", Neon::TILE, sparse_f32<Neon>,      nullptr,              int8<Neon>,
-                                    false,  nullptr,    portable()->fill_bf16, portable()->fill_int8};
+    static const Kernels kernels = {"neon", Neon::TILE,      sparse_f32<Neon>, nullptr,               int8<Neon>,
+                                    false,  dense_f32<Neon>, nullptr,          portable()->fill_bf16, portable()->fill_int8};
     return &kernels;
 }
 

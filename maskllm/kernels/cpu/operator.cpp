@@ -16,7 +16,7 @@ extern "C" long maskllm_multiply(const void* x, int x_type, long x_stride, long 
                                  const void* weight, int weight_type, long weight_stride, const uint8_t* slots, long count,
                                  long slot_stride, int slot_type, long outs, long columns, const float* bias, void* y,
                                  int threads);
-extern "C" bool maskllm_multiplies_all(int x_type, const int32_t* row_slots, long rows, int weight_type);
+extern "C" bool maskllm_multiplies_all(const int32_t* row_slots, long rows, int weight_type);
 
 using namespace maskllm;
 
@@ -95,7 +95,7 @@ Handle multiply(const Value* arguments) {
     const bool plain = (offsets || !bias) && step_slots && x.dim == 2 && x.sizes[0] == step_rows && x.strides[1] == 1 &&
                        (x.type == F32 || x.type == BF16) && weight.strides[1] == 1 &&
                        (slots.type == BF16 || slots.type == INT8);
-    if (!plain || !maskllm_multiplies_all(x.type, step_slots, step_rows, weight.type)) return nullptr;
+    if (!plain || !maskllm_multiplies_all(step_slots, step_rows, weight.type)) return nullptr;
     const int64_t sizes[2] = {x.sizes[0], weight.sizes[0]}, strides[2] = {weight.sizes[0], 1};
     Handle out = nullptr;
     empty_strided(2, sizes, strides, x.dtype, 0, 0, &out);

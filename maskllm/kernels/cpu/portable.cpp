@@ -30,6 +30,16 @@ void sparse_f32(const uint8_t* masks, const uint8_t* values, size_t blocks, cons
     }
 }
 
+void dense_f32(const uint16_t* weight, size_t weight_stride, size_t columns, const float* panel, int inputs, float* out) {
+    for (int t = 0; t < inputs; t++)
+        for (int r = 0; r < 4; r++) {
+            float sum = 0;
+            for (size_t c = 0; c < columns; c++)  // of each 32 the even ones come first
+                sum += to_float(weight[r * weight_stride + c]) * panel[16 * ((c / 32 * 2 + c % 2) * inputs + t) + c % 32 / 2];
+            out[4 * t + r] += sum;
+        }
+}
+
 void int8(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out) {
     for (int t = 0; t < inputs; t++) {
         int32_t sum[4] = {};
@@ -80,8 +90,8 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* portable() {
-    static const Kernels kernels = {"portable", 8,       sparse_f32, nullptr,  int8,
-                                    false,      nullptr, fill_bf16,  fill_int8};
+    static const Kernels kernels = {"portable", 8,         sparse_f32, nullptr,   int8,
+                                    false,      dense_f32, nullptr,    fill_bf16, fill_int8};
     return &kernels;
 }
 

@@ -76,6 +76,62 @@ void sparse_f32(const uint8_t* masks, const uint8_t* values, size_t blocks, cons
     }
 }
 
+// R dense rows with T inputs of fp32. A dword of a row has an even column's value and the odd one's that follows it.
+template <class V, int R, int T>
+inline void dense_f32_tile(const uint16_t* weight, size_t weight_stride, size_t columns, const float* panel, float* out) {
+    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = R * T >= 8 ? 1 : 4;
+    typename V::F sum[SUMS][R][T];
+#pragma GCC unroll 4
+    for (auto& sums : sum)
+#pragma GCC unroll 4
+        for (auto& row : sums)
+#pragma GCC unroll 4
+            for (auto& s : row) s = V::zero();
+    for (size_t c = 0; c < columns; c += 32, panel += 32 * T) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) __builtin_prefetch(weight + r * weight_stride + c + PREFETCH / (R == 1 ? 2 : 4));
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++)
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; odd++) {
+                typename V::F w[R];
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) {
+                    const auto pairs = V::load(weight + r * weight_stride + c + 2 * W * p);
+                    w[r] = odd ? V::high_bf16(pairs) : V::low_bf16(pairs);
+                }
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) {
+                    auto inputs = V::load_f32(panel + 16 * (odd * T + t) + W * p);
+                    HOLD(inputs);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++) {
+                        auto& s = sum[(2 * p + odd) % SUMS][r][t];
+                        s = V::fma(w[r], inputs, s);
+                    }
+                }
+            }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+            for (int i = 1; i < SUMS; i++) sum[0][r][t] = V::add(sum[0][r][t], sum[i][r][t]);
+            out[4 * t + r] += V::add_all(sum[0][r][t]);
+        }
+}
+
+template <class V>
+void dense_f32(const uint16_t* weight, size_t weight_stride, size_t columns, const float* panel, int inputs, float* out) {
+    const int rows = inputs == 2 ? 4 : inputs == 1 ? 1 : 2;  // with one input the memory of rows is a single stream
+    for (int r = 0; r < 4; r += rows, weight += rows * weight_stride) switch (inputs) {
+            case 1: dense_f32_tile<V, 1, 1>(weight, weight_stride, columns, panel, out + r); break;
+            case 2: dense_f32_tile<V, 4, 2>(weight, weight_stride, columns, panel, out + r); break;
+            default: dense_f32_tile<V, 2, 4>(weight, weight_stride, columns, panel, out + r);
+        }
+}
+
 // One quad with T inputs of int8. Where inputs are unsigned with zero at 128, 128 times the weights comes off.
 template <class V, int T, bool MASKED>
 inline void int8_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel,
