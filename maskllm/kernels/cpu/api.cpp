@@ -267,14 +267,16 @@ void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t blo
                             (const uint16_t*)panel.data + at, panel.inputs, sums);
 }
 
-// Some blocks of quad `q` times the same of a panel.
-void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, float* sums) {
+// Some blocks of quad `q` times the same of a panel; or of STREAMS quads, so many `apart`.
+void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, float* sums, size_t apart = 0) {
     if (panel.part->slot < 0) return multiply_dense(batch, panel, q, block, blocks, sums);
     const Form form = batch.form(*panel.part);
     const uint8_t* masks = batch.slot_type == INT8_DENSE ? nullptr : batch.masks(panel.part->slot, q, block);
     const uint8_t* values = batch.values(panel.part->slot, q, block);
     const uint8_t* inputs = panel.data + block * COLUMNS * panel.inputs * element_bytes(form);
-    if (form == LANES_INT8)
+    if (apart)
+        kernels->sparse_f32_apart(masks, values, blocks, (const float*)inputs, sums, apart);
+    else if (form == LANES_INT8)
         kernels->int8(masks, values, blocks, inputs, panel.inputs, (int32_t*)sums);
     else if (form == LANES_BF16)
         kernels->sparse_bf16(masks, values, blocks, (const uint16_t*)inputs, panel.inputs, sums);
@@ -361,6 +363,7 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
         const size_t full = part->slot == FUSED ? s.blocks / CHUNK * CHUNK : s.blocks;
         const size_t together = !alone ? QUADS_TOGETHER : part->slot < 0 ? 1 : last_quad - first_quad;
         const size_t width = ROWS * panels[begin].inputs;
+        const bool streams = alone && width == ROWS && kernels->sparse_f32_apart && batch.form(*part) == LANES_F32;
         sums.resize(std::max(sums.size(), (together * (end - begin) + 3) * width));  // and what `write` reads past them
         for (size_t quad = first_quad; quad < last_quad; quad += together) {
             const size_t quads = std::min(together, last_quad - quad);
@@ -372,7 +375,12 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
                 if (part->slot < 0)
                     for (size_t q = 0; q < quads; q++)
                         for (size_t p = begin; p < end; p++) take(p, q);
-                else
+                else if (streams) {
+                    const size_t apart = quads / STREAMS;
+                    for (size_t q = 0; q < apart; q++)
+                        multiply(batch, panels[begin], quad + q, block, blocks, of(begin, q), apart);
+                    for (size_t q = apart * STREAMS; q < quads; q++) take(begin, q);
+                } else
                     for (size_t p = begin; p < end; p++)
                         for (size_t q = 0; q < quads; q++) take(p, q);
             }

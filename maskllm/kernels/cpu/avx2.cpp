@@ -126,8 +126,8 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* avx2() {
-    static const Kernels kernels = {"avx2", Avx2::TILE,      sparse_f32<Avx2>, nullptr,   int8<Avx2>,
-                                    false,  dense_f32<Avx2>, nullptr,          fill_bf16, fill_int8};
+    static const Kernels kernels = {"avx2",  Avx2::TILE,      sparse_f32<Avx2>, sparse_f32_apart<Avx2>, nullptr, int8<Avx2>,
+                                    false, dense_f32<Avx2>, nullptr,          fill_bf16,              fill_int8};
     return &kernels;
 }
 

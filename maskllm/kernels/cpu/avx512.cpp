@@ -283,14 +283,14 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* avx512() {
-    static const Kernels kernels = {"avx512", Avx512::TILE,      sparse_f32<Avx512>, nullptr,   int8<Avx512>,
+    static const Kernels kernels = {"avx512", Avx512::TILE,      sparse_f32<Avx512>, nullptr,   nullptr, int8<Avx512>,
                                     true,     dense_f32<Avx512>, nullptr,            fill_bf16, fill_int8};
     return &kernels;
 }
 
 const Kernels* avx512_bf16() {
-    static const Kernels kernels = {"avx512-bf16", Avx512::TILE,      sparse_f32<Avx512>, sparse_bf16, int8<Avx512>,
-                                    true,          dense_f32<Avx512>, dense_bf16,         fill_bf16,   fill_int8};
+    static const Kernels kernels = {"avx512-bf16", Avx512::TILE,      sparse_f32<Avx512>, nullptr,   sparse_bf16, int8<Avx512>,
+                                    true,          dense_f32<Avx512>, dense_bf16,         fill_bf16, fill_int8};
     return &kernels;
 }
 

@@ -31,6 +31,7 @@ enum Type : int { F32 = 0, BF16 = 1, INT8 = 2, INT8_DENSE = 3 };  // cpu.py's TY
 
 constexpr size_t ROWS = 4, COLUMNS = 128, CHUNK = 4, MASK_BYTES = 64;
 constexpr size_t BF16_BYTES = 512, INT8_BYTES = 256, INT8_DENSE_BYTES = 512;  // the values of a block
+constexpr int STREAMS = 4;
 constexpr size_t PREFETCH = 2304;  // bytes ahead: worth 1.3x out of cache
 
 // The nibble of a group -> its two kept columns. The low three bits tell the six patterns apart.
@@ -58,6 +59,8 @@ struct Kernels {
     const char* name;
     int tile;
     void (*sparse_f32)(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, int inputs, float* out);
+    // The same for one input and STREAMS quads, so many `apart`, as sums are; null where memory is read no faster so.
+    void (*sparse_f32_apart)(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* input, float* out, size_t apart);
     void (*sparse_bf16)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint16_t* panel, int inputs, float* out);
     // Sums of products of integers, of all columns where `masks` is null. Inputs are signed, or unsigned with zero at 128.
     void (*int8)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out);

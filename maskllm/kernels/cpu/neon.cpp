@@ -63,7 +63,7 @@ struct Neon {
 }  // namespace
 
 const Kernels* neon() {
-    static const Kernels kernels = {"neon", Neon::TILE,      sparse_f32<Neon>, nullptr,               int8<Neon>,
+    static const Kernels kernels = {"neon", Neon::TILE,      sparse_f32<Neon>, nullptr,               nullptr, int8<Neon>,
                                     false,  dense_f32<Neon>, nullptr,          portable()->fill_bf16, portable()->fill_int8};
     return &kernels;
 }

@@ -90,7 +90,7 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* portable() {
-    static const Kernels kernels = {"portable", 8,         sparse_f32, nullptr,   int8,
+    static const Kernels kernels = {"portable", 8,         sparse_f32, nullptr,   nullptr, int8,
                                     false,      dense_f32, nullptr,    fill_bf16, fill_int8};
     return &kernels;
 }

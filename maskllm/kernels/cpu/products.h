@@ -15,6 +15,7 @@ namespace maskllm {
 #define HOLD(vector) asm("" : "+v"(vector))
 #endif
 
+// What a single stream reads next; several the processor fetches faster by itself.
 static inline void prefetch(const uint8_t* masks, const uint8_t* values, size_t bytes) {
     if (masks) __builtin_prefetch(masks + PREFETCH / 8);
     for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + PREFETCH + line);
@@ -30,39 +31,49 @@ inline void add_rows(const Sum (&sums)[T], Out* out) {
         for (int t = 0; t < T; t++) V::add_rows(sums[t], out + 4 * t);
 }
 
-// One quad with T inputs of fp32. Few inputs use two sums each, as a chain of additions would wait on itself.
-template <class V, int T>
-inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel,
-                            float* out) {
-    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T >= 8 ? 1 : 2;
-    typename V::F sum[SUMS][T];
+// Q quads, so many `apart`, with T inputs of fp32. Few inputs of one quad use two sums each, as a chain of additions would
+// wait on itself.
+template <class V, int T, int Q = 1>
+inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, float* out,
+                            size_t apart = 0) {
+    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T * Q >= 8 || Q > 1 ? 1 : 2;
+    typename V::F sum[SUMS][Q][T];
 #pragma GCC unroll 2
-    for (auto& sums : sum)
-#pragma GCC unroll 16
-        for (auto& s : sums) s = V::zero();
-    for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
-        prefetch(masks, values, BF16_BYTES);
+    for (auto& quads : sum)
 #pragma GCC unroll 4
-        for (int p = 0; p < PARTS; p++) {
-            const auto mask = V::load(masks + 4 * W * p);
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) {
-                auto pairs = V::load(values + 64 * j + 4 * W * p);
-                auto first = V::low_bf16(pairs), second = V::high_bf16(pairs);
-                auto where = V::select(mask, 4 * j);
+        for (auto& sums : quads)
 #pragma GCC unroll 16
-                for (int t = 0; t < T; t++) {
-                    auto inputs = V::load_f32(panel + 16 * (j * T + t) + W * p);
-                    HOLD(inputs);
-                    sum[0][t] = V::fma(first, V::permute(inputs, where.first), sum[0][t]);
-                    sum[SUMS - 1][t] = V::fma(second, V::permute(inputs, where.second), sum[SUMS - 1][t]);
+            for (auto& s : sums) s = V::zero();
+    const size_t step = apart * blocks;
+    for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
+        if (Q == 1) prefetch(masks, values, BF16_BYTES);
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++)
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                const int j = Q > 1 ? i % 4 * 2 + i / 4 : i;  // low nibbles of all quads first, or too many wait
+#pragma GCC unroll 4
+                for (int q = 0; q < Q; q++) {
+                    const auto pairs = V::load(values + q * step * BF16_BYTES + 64 * j + 4 * W * p);
+                    const auto first = V::low_bf16(pairs), second = V::high_bf16(pairs);
+                    const auto where = V::select(V::load(masks + q * step * MASK_BYTES + 4 * W * p), 4 * j);
+#pragma GCC unroll 16
+                    for (int t = 0; t < T; t++) {
+                        auto inputs = V::load_f32(panel + 16 * (j * T + t) + W * p);
+                        HOLD(inputs);
+                        auto &even = sum[0][q][t], &odd = sum[SUMS - 1][q][t];
+                        even = V::fma(first, V::permute(inputs, where.first), even);
+                        odd = V::fma(second, V::permute(inputs, where.second), odd);
+                    }
                 }
             }
-        }
     }
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++) {
 #pragma GCC unroll 16
-    for (int t = 0; SUMS > 1 && t < T; t++) sum[0][t] = V::add(sum[0][t], sum[SUMS - 1][t]);
-    add_rows<V>(sum[0], out);
+        for (int t = 0; SUMS > 1 && t < T; t++) sum[0][q][t] = V::add(sum[0][q][t], sum[SUMS - 1][q][t]);
+        add_rows<V>(sum[0][q], out + q * apart * ROWS * T);
+    }
 }
 
 template <class V>
@@ -76,10 +87,15 @@ void sparse_f32(const uint8_t* masks, const uint8_t* values, size_t blocks, cons
     }
 }
 
+template <class V>
+void sparse_f32_apart(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* input, float* out, size_t apart) {
+    sparse_f32_tile<V, 1, STREAMS>(masks, values, blocks, input, out, apart);
+}
+
 // R dense rows with T inputs of fp32. A dword of a row has an even column's value and the odd one's that follows it.
-template <class V, int R, int T>
+template <class V, int R, int T, bool SHORT>
 inline void dense_f32_tile(const uint16_t* weight, size_t weight_stride, size_t columns, const float* panel, float* out) {
-    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = R * T >= 8 ? 1 : 4;
+    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = R * T == 1 ? 4 : R * T < 8 ? 2 : 1;
     typename V::F sum[SUMS][R][T];
 #pragma GCC unroll 4
     for (auto& sums : sum)
@@ -89,7 +105,7 @@ inline void dense_f32_tile(const uint16_t* weight, size_t weight_stride, size_t 
             for (auto& s : row) s = V::zero();
     for (size_t c = 0; c < columns; c += 32, panel += 32 * T) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) __builtin_prefetch(weight + r * weight_stride + c + PREFETCH / (R == 1 ? 2 : 4));
+        for (int r = 0; SHORT && r < R; r++) __builtin_prefetch(weight + r * weight_stride + c + PREFETCH / (R == 1 ? 2 : 4));
 #pragma GCC unroll 4
         for (int p = 0; p < PARTS; p++)
 #pragma GCC unroll 2
@@ -122,14 +138,22 @@ inline void dense_f32_tile(const uint16_t* weight, size_t weight_stride, size_t 
         }
 }
 
+template <class V, bool SHORT>
+void dense_f32_panel(const uint16_t* weight, size_t weight_stride, size_t columns, const float* panel, int inputs, float* out) {
+    auto tiles = [&](auto tile, int rows) {
+        for (int r = 0; r < 4; r += rows) tile(weight + r * weight_stride, weight_stride, columns, panel, out + r);
+    };
+    switch (inputs) {
+        case 1: return SHORT ? tiles(dense_f32_tile<V, 1, 1, SHORT>, 1) : tiles(dense_f32_tile<V, 4, 1, SHORT>, 4);
+        case 2: return tiles(dense_f32_tile<V, 4, 2, SHORT>, 4);
+        default: return tiles(dense_f32_tile<V, 2, 4, SHORT>, 2);
+    }
+}
+
+// Long rows are streams of their own, of which the processor fetches several by itself.
 template <class V>
 void dense_f32(const uint16_t* weight, size_t weight_stride, size_t columns, const float* panel, int inputs, float* out) {
-    const int rows = inputs == 2 ? 4 : inputs == 1 ? 1 : 2;  // with one input the memory of rows is a single stream
-    for (int r = 0; r < 4; r += rows, weight += rows * weight_stride) switch (inputs) {
-            case 1: dense_f32_tile<V, 1, 1>(weight, weight_stride, columns, panel, out + r); break;
-            case 2: dense_f32_tile<V, 4, 2>(weight, weight_stride, columns, panel, out + r); break;
-            default: dense_f32_tile<V, 2, 4>(weight, weight_stride, columns, panel, out + r);
-        }
+    (columns <= 1024 ? dense_f32_panel<V, true> : dense_f32_panel<V, false>)(weight, weight_stride, columns, panel, inputs, out);
 }
 
 // One quad with T inputs of int8. Where inputs are unsigned with zero at 128, 128 times the weights comes off.
