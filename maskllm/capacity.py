@@ -5,12 +5,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskllm.core.layers import maskable
 from maskllm.core.patterns import row_bytes
 from maskllm.kernels import cpu, gpu
-from maskllm.kernels.masked_linear import bf16_on_cpu
+from maskllm.kernels.masked_linear import bf16_on_cpu, holds_bf16
 
 PROGRAMS_BYTES = 1_500_000_000
 """Of the server's two processes without any weight, as measured on CPU (issue 5)."""
@@ -62,15 +62,21 @@ def measure(
 ) -> Capacity:
     """Capacity of a checkpoint on this machine's CPU, without reading its weights.
 
-    `dtype` is the one that the base is computed in, None the checkpoint's own; `int8` that of slots. The base
-    has the copy of the head that multiplies: in 8 bits under `int8_head`, or vLLM's own where no kernel of
-    ours reads the head as it is. Among `ranks` processes base and masks are divided (what each has of norms,
+    `dtype` is the one that the base is computed in, None the checkpoint's own; `int8` that of slots. Linear
+    layers of a bfloat16 checkpoint stay so. The base has the copy of the head that multiplies: in 8 bits
+    under `int8_head`, else in bfloat16 where embeddings of another dtype are the head, or vLLM's own where no
+    kernel of ours reads the head. Among `ranks` processes base and masks are divided (what each has of norms,
     and copies of key and value heads, are not counted), and each has a KV cache of `kv` bytes.
     """
-    base, shapes, head = _base(folder, dtype)
+    bf16 = holds_bf16(folder)
+    base, shapes, head = _base(folder, dtype, bf16)
     slot_dtype = torch.int8 if int8 else torch.bfloat16
-    packs = head.dtype == torch.float32 and not bf16_on_cpu()  # bf16 it packs with instructions for it only
-    copy = cpu.quantized_bytes(*head.shape) if int8_head else head.nbytes if packs else 0
+    if int8_head:
+        copy = cpu.quantized_bytes(*head.shape)
+    elif head.dtype != torch.float32:
+        copy = 0  # vLLM packs bfloat16 where there are instructions for it only
+    else:
+        copy = 2 * head.numel() if bf16 else 0 if bf16_on_cpu() else head.nbytes
     return Capacity(
         base=base + copy,
         slot=sum(cpu.slot_bytes(rows, columns, slot_dtype) for rows, columns in shapes),
@@ -88,7 +94,7 @@ def measure_gpu(
 
     What a step's own tensors take is not counted.
     """
-    base, shapes, _ = _base(folder, dtype)
+    base, shapes, _ = _base(folder, dtype, bf16=False)
     slot = sum(gpu.slot_bytes(rows, columns) for rows, columns in shapes)
     return Capacity(base // ranks, slot // ranks, packed=0, kv=kv, free=free, programs=0)
 
@@ -98,14 +104,22 @@ def memory(host: Capacity, gpu: Capacity | None, slots: int, packed: int) -> str
     return host.sum(slots, packed) + (f"; GPU: {gpu.sum(slots, 0)}" if gpu else "")
 
 
-def _base(folder: Path, dtype: torch.dtype | None) -> tuple[int, list[tuple[int, int]], Tensor]:
-    """Bytes of a checkpoint's weights, the shapes of those that a mask covers, and the head, on no device."""
+def _base(folder: Path, dtype: torch.dtype | None, bf16: bool) -> tuple[int, list[tuple[int, int]], Tensor]:
+    """Bytes of a checkpoint's weights, the shapes of those that a mask covers, and the head, on no device.
+
+    Under `bf16` linear layers are, whose weight is not an embedding's, too.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)  # type: ignore[no-untyped-call]
     shapes = [(layer.out_features, layer.in_features) for layer in maskable(model).values()]
+    if bf16:
+        embeddings = model.get_input_embeddings().weight
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and layer.weight is not embeddings:
+                layer.weight.data = layer.weight.data.bfloat16()
     head = model.get_output_embeddings()
     return sum(parameter.nbytes for parameter in model.parameters()), shapes, head.weight
 

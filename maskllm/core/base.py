@@ -49,6 +49,17 @@ def read_base(folder: Path) -> Base:
     return Base(total.hexdigest(), {name: shape for name, (_, shape) in digests.items()})
 
 
+def is_bf16(folder: Path) -> bool:
+    """Whether every matrix of a checkpoint is bfloat16, whatever its config says. Raises BadBase."""
+    files = _tensor_files(folder)
+    for path in set(files.values()):
+        with safe_open(path, "pt") as file:
+            tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        if any(len(each.get_shape()) > 1 and each.get_dtype() != "BF16" for each in tensors):
+            return False
+    return True
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Every tensor of the checkpoint and the file that holds it."""
     index = folder / "model.safetensors.index.json"

@@ -29,6 +29,8 @@ LONG = (128, 512)
 _sparse_rows = NEVER  # as in the costs, which are a call away
 LARGE = 1 << 18
 """Below this many weights, times one for each 8 rows, a second thread costs more than it does."""
+PIECE = 1 << 20
+"""Weights of one that is made dense, or another type, at a time."""
 CPUINFO = Path("/proc/cpuinfo")
 AVX512 = {"avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni"}
 NEEDS = {"avx512-bf16": AVX512 | {"avx512_bf16"}, "avx512": AVX512, "avx2": {"avx2", "fma"}}
@@ -144,6 +146,7 @@ def calibrate() -> Costs | None:
     if why_not():
         return None
     bf16, masks, outs, inputs = using() == "avx512-bf16", 16, 4096, 2048
+    counts = (4, 8, 16, 32, 64)
     weights = [torch.ones(outs, inputs, dtype=torch.bfloat16) for _ in range(3)]
     # Slots in one memory, apart by their mask bits only: what the values are does not matter.
     size, apart = slot_bytes(outs, inputs, torch.bfloat16) // 2, outs * inputs // 16
@@ -167,11 +170,11 @@ def calibrate() -> Costs | None:
 
     def torchs(rows: int) -> Callable[[int], object]:
         x = inputs_of(rows)
-        return lambda at: functional.linear(x, weights[at])
+        return lambda at: _torchs(x, weights[at], None)
 
     def made_dense(rows: int) -> Callable[[int], object]:
         x = inputs_of(rows)
-        return lambda at: functional.linear(x, expand(slots[at], 0, weights[at], x.dtype))
+        return lambda at: _made_dense(x, weights[at], slots[at], 0, None)
 
     before = costs()
     set_costs(replace(before, dense_rows=64, sparse_rows=NEVER))  # all that is timed here is ours
@@ -179,36 +182,34 @@ def calibrate() -> Costs | None:
     long = _fastest(works | {f"dense, {rows}": made_dense(rows) for rows in LONG}, range(1), turns=4)
     won = takewhile(lambda rows: long[f"dense, {rows}"] < long[f"ours, {rows}"], reversed(LONG))
     sparse_rows = min((rows / 2 for rows in won), default=NEVER)  # between that number and the one before
-    if not bf16:
-        set_costs(replace(before, sparse_rows=sparse_rows))
-        return costs()
-    counts = (4, 8, 16, 32, 64)
-    each = _fastest(
-        {
+    works = {f"ours, {rows}": ours(-1, [DENSE] * rows) for rows in counts}
+    works |= {f"torch's, {rows}": torchs(rows) for rows in counts}
+    if bf16:
+        works |= {
             "slot": ours(0, [0]),
             "slot, 16": ours(0, [0] * 16),
             "once": ours(1, [0, 1]),
             "2 masks, 8": ours(1, [0] * 4 + [1] * 4),
             "2 masks, 16": ours(1, [0] * 8 + [1] * 8),
             "16 masks, 16": ours(1, list(range(masks))),
-            **{f"ours, {rows}": ours(-1, [DENSE] * rows) for rows in counts},
-            **{f"torch's, {rows}": torchs(rows) for rows in counts},
-        },
-        range(len(weights)),
-    )
+        }
+    each = _fastest(works, range(len(weights)))
+    faster = takewhile(lambda rows: each[f"ours, {rows}"] <= each[f"torch's, {rows}"], counts)
+    measured = replace(before, dense_rows=max(faster, default=0), sparse_rows=sparse_rows)
+    if not bf16:
+        set_costs(measured)
+        return measured
     per = {name: 64e9 * seconds / (outs * inputs) for name, seconds in each.items()}
     once_row = max(0.0, per["2 masks, 16"] - per["2 masks, 8"]) / 8
     once_mask = max(0.0, per["16 masks, 16"] - per["2 masks, 16"]) / (masks - 2)
-    faster = takewhile(lambda rows: per[f"ours, {rows}"] <= per[f"torch's, {rows}"], counts)
-    measured = Costs(
+    measured = replace(
+        measured,
         slot=per["slot"],
         slot_row=per["slot, 16"] / 16,
         once=per["once"],
         fixed=max(0.0, per["2 masks, 16"] - 16 * once_row - 2 * once_mask),
         once_row=once_row,
         once_mask=once_mask,
-        dense_rows=max(faster, default=0),
-        sparse_rows=sparse_rows,
     )
     busy = measured.slot > measured.once
     set_costs(before if busy else measured)
@@ -313,7 +314,7 @@ def linear(
         wide = x.dtype if using() == "avx512-bf16" else torch.float32
         for slot in (long := _long(row_slots, len(slots))):
             rows = row_slots == slot
-            out[rows] = _torchs(x[rows].to(wide), expand(slots, slot, weight, wide), bias).to(x.dtype)
+            out[rows] = _made_dense(x[rows].to(wide), weight, slots, slot, bias).to(x.dtype)
         if long:
             rest = ~torch.isin(row_slots, torch.tensor(long))
             out[rest] = linear(x[rest], weight, slots, row_slots[rest], bias)
@@ -339,7 +340,7 @@ def linear(
     )
     if left < 0:
         raise ValueError(f"rows use slots {sorted(set(row_slots.tolist()))}, and there are {slots.shape[0]}")
-    if left == x.shape[0]:
+    if left and left == x.shape[0]:
         return _torchs(x, weight, bias)
     if left:
         rows = (row_slots == DENSE).nonzero().squeeze(1)
@@ -349,14 +350,37 @@ def linear(
 
 def _torchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch's own product, which takes one dtype for all."""
-    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if weight.dtype == x.dtype:
+        return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return _by_pieces(x, weight, lambda begin, end: weight[begin:end].to(x.dtype), bias)
 
 
-def expand(slots: Tensor, slot: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The masked weight (out, in) of a bfloat16 slot, float32 or bfloat16, zeros where nothing is kept."""
-    out = torch.empty(weight.shape, dtype=dtype)
+def _made_dense(x: Tensor, weight: Tensor, slots: Tensor, slot: int, bias: Tensor | None) -> Tensor:
+    """torch's product with the masked weight (out, in) of a bfloat16 slot."""
+    return _by_pieces(
+        x, weight, lambda begin, end: expand(slots, slot, weight.shape, x.dtype, begin, end), bias
+    )
+
+
+def _by_pieces(x: Tensor, weight: Tensor, piece: Callable[[int, int], Tensor], bias: Tensor | None) -> Tensor:
+    """torch's product with rows of a weight that is made piece by piece, as new memory for all is slow."""
+    outs, columns = weight.shape
+    out = x.new_empty(x.shape[0], outs)
+    step = max(1, PIECE // (4 * columns)) * 4
+    for begin in range(0, outs, step):
+        end = min(outs, begin + step)
+        torch.mm(x, piece(begin, end).t(), out=out[:, begin:end])
+    return out if bias is None else out.add_(bias.to(x.dtype))
+
+
+def expand(slots: Tensor, slot: int, shape: torch.Size, dtype: torch.dtype, begin: int, end: int) -> Tensor:
+    """Rows `begin` to `end` of a weight of that shape (out, in) under a bfloat16 slot's mask.
+
+    float32 or bfloat16, with zeros where nothing is kept; `begin` is a multiple of 4.
+    """
+    out = torch.empty(end - begin, shape[1], dtype=dtype)
     _library().maskllm_expand(
-        slots[slot].data_ptr(), out.data_ptr(), TYPES[dtype], *weight.shape, _threads(weight)
+        slots[slot].data_ptr(), out.data_ptr(), TYPES[dtype], *shape, begin, end, _threads(out)
     )
     return out
 
@@ -372,7 +396,10 @@ def _long(row_slots: Tensor, count: int) -> list[int]:
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (rows, in) times the weight (out, in) itself: our kernel for a few rows of bfloat16, else torch's."""
+    """x (rows, in) times the weight (out, in) itself.
+
+    By our kernel where the weight is bfloat16 and rows are few, else by torch's.
+    """
     rows = torch.full((x.shape[0],), DENSE, dtype=torch.int32)
     return linear(x, weight, torch.empty(0, 0, dtype=torch.bfloat16), rows, bias)
 
@@ -504,7 +531,7 @@ def _library() -> Any:
         "register_layer": (ctypes.c_bool, [text, long]),
         "begin_step": (None, [pointer, long]),
         "fill": (None, [pointer, integer, pointer, integer, long, pointer, long, long, integer]),
-        "expand": (None, [pointer, pointer, integer, long, long, integer]),
+        "expand": (None, [pointer, pointer, integer, long, long, long, long, integer]),
         "quantize": (None, [pointer, pointer, integer, long, long, long, integer]),
         "multiply": (
             long,

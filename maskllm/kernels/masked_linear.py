@@ -7,12 +7,14 @@ them: cpu.py and cpu/ (C++), gpu.py (Triton, and sparse tensor cores for prefill
 """
 
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskllm.core.base import is_bf16
 from maskllm.core.patterns import expand, row_bytes, unpack
 from maskllm.kernels import DENSE, cpu, gpu
 
@@ -44,6 +46,11 @@ def backend(device: torch.device) -> ModuleType | None:
 def bf16_on_cpu() -> bool:
     """Whether the CPU's kernels multiply bfloat16 inputs as they are."""
     return backend(torch.device("cpu")) is cpu and cpu.using() == "avx512-bf16"
+
+
+def holds_bf16(folder: Path) -> bool:
+    """Whether the CPU's kernels read a checkpoint's matrices as the bfloat16 they are."""
+    return backend(torch.device("cpu")) is cpu and is_bf16(folder)
 
 
 def chosen() -> dict[str, str]:

@@ -52,7 +52,8 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
 from maskllm.capacity import Capacity, measure, measure_gpu
-from maskllm.kernels.masked_linear import backend, bf16_on_cpu
+from maskllm.core.base import is_bf16
+from maskllm.kernels.masked_linear import backend, bf16_on_cpu, holds_bf16
 from server.bounds import BoundedHttp
 from server.engine.linear import NAME
 from server.engine.openai import streamed_error
@@ -480,6 +481,7 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     config = {
         "mask_dtype": settings.mask_dtype,
         "head_dtype": settings.head_dtype,
+        "weight_dtype": "bfloat16" if current_platform.is_cpu() and holds_bf16(folder) else "auto",
         "turn_steps": settings.turn_steps,
     }
     ours = {
@@ -498,7 +500,7 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         # `finalize_loading`), so that each start compiled anew; torch's own cache works: 37 -> 11 s.
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         # Never less than the checkpoint's; and without instructions for it bf16 halves the speed.
-        ours["dtype"] = "bfloat16" if bf16_on_cpu() and _is_bf16(folder) else "float32"
+        ours["dtype"] = "bfloat16" if bf16_on_cpu() and is_bf16(folder) else "float32"
         # vLLM's own default is 92 % of the machine's memory, and no start where that is not free.
         ours["kv-cache-memory-bytes"] = str(1 << 30)
     argv = [word for name, value in ours.items() for word in (f"--{name}", value)]
@@ -635,12 +637,6 @@ def _together(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
     sizes = [name for name in ranks[0] if name.endswith("_bytes")]
     return ranks[0] | {name: total([rank[name] for rank in ranks]) for name in sizes}
-
-
-def _is_bf16(folder: Path) -> bool:
-    """Whether the checkpoint says that it is bfloat16."""
-    config = json.loads((folder / "config.json").read_text())
-    return "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
 
 
 def _has_python_headers() -> bool:

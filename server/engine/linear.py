@@ -20,8 +20,8 @@ from maskllm.kernels import cpu
 from maskllm.kernels.masked_linear import bf16_on_cpu, multiply
 
 NAME = "maskllm"
-QUANTIZED = "quantized"
-"""The head's buffer under `--head-dtype int8`."""
+QUANTIZED, BF16 = "quantized", "bf16"
+"""Buffers of the head: under `--head-dtype int8`, and where it is tied to embeddings of another dtype."""
 
 row_slots: Tensor | None = None
 """The slot of every token row of the step about to run, (rows,) int32; None while nothing has a mask.
@@ -68,14 +68,16 @@ class MaskConfig(QuantizationConfig):
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
+        config = get_current_vllm_config().additional_config
+        bf16 = config.get("weight_dtype") == "bfloat16"
         if isinstance(layer, LinearBase):
-            return MaskedLinearMethod()
+            return MaskedLinearMethod(bf16)
         if isinstance(layer, VocabParallelEmbedding) and current_platform.is_cpu():
             head = isinstance(layer, ParallelLMHead)
-            if head and get_current_vllm_config().additional_config.get("head_dtype") == "int8":
+            if head and config.get("head_dtype") == "int8":
                 return Int8HeadMethod()
-            if bf16_on_cpu():
-                return DenseHeadMethod()
+            if bf16 or bf16_on_cpu():
+                return DenseHeadMethod(bf16)
             return None if head else EmbeddingMethod()
         return None
 
@@ -83,8 +85,18 @@ class MaskConfig(QuantizationConfig):
 class MaskedLinearMethod(UnquantizedLinearMethod):
     """An unquantized linear whose rows may each use another mask.
 
-    The mask manager gives each layer its buffer `slots` once the model is loaded.
+    The mask manager gives each layer its buffer `slots` once the model is loaded. A weight that is `bf16` in
+    the checkpoint is held so in a model of any dtype: swaps and dense rows read half of what float32 is.
     """
+
+    def __init__(self, bf16: bool) -> None:
+        super().__init__()
+        self.bf16 = bf16
+
+    def create_weights(self, layer: nn.Module, *sizes: Any, **attributes: Any) -> None:
+        super().create_weights(layer, *sizes, **attributes)
+        if self.bf16:
+            _become_bf16(layer)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Keep the raw weight, which vLLM on CPU would replace by a packed copy.
@@ -116,14 +128,33 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
 class DenseHeadMethod(UnquantizedEmbeddingMethod):
     """The head, which no mask covers, by our kernel: vLLM keeps a packed copy and is slower at a few rows.
 
-    And embeddings, as one may be the head itself.
+    And embeddings, as one may be the head itself. They keep the model's dtype, which some models ask them
+    for: a `bf16` head that is tied to them, or one of them, is multiplied by a copy.
     """
 
+    def __init__(self, bf16: bool) -> None:
+        self.bf16 = bf16
+
+    def create_weights(self, layer: nn.Module, *sizes: Any, **attributes: Any) -> None:
+        super().create_weights(layer, *sizes, **attributes)
+        if self.bf16 and isinstance(layer, ParallelLMHead):
+            _become_bf16(layer)
+
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Make no packed copy."""
+        """Make no packed copy. An embedding that is the head itself, as Gemma's, shows so when it is used."""
+        if isinstance(layer, ParallelLMHead):
+            self._multiplied(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return cpu.dense(x, layer.get_parameter("weight"), bias)
+        return cpu.dense(x, self._multiplied(layer), bias)
+
+    def _multiplied(self, layer: nn.Module) -> Tensor:
+        weight: Tensor = layer.get_parameter("weight")
+        if not self.bf16 or weight.dtype == torch.bfloat16:
+            return weight
+        if not hasattr(layer, BF16):
+            layer.register_buffer(BF16, weight.bfloat16(), persistent=False)
+        return layer.get_buffer(BF16)
 
 
 class Int8HeadMethod(UnquantizedEmbeddingMethod):
@@ -136,6 +167,12 @@ class Int8HeadMethod(UnquantizedEmbeddingMethod):
         return cpu.dense_int8(x, layer.get_parameter("weight"), layer.get_buffer(QUANTIZED), bias)
 
 
+def _become_bf16(layer: nn.Module) -> None:
+    """Make the weight, before it is loaded, one of bfloat16."""
+    weight = layer.get_parameter("weight")
+    weight.data = torch.empty_like(weight.data, dtype=torch.bfloat16)
+
+
 def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Tensor:
     """One layer of a step: `masked_linear` for every row's slot, or plain where all rows are dense.
 
@@ -143,11 +180,14 @@ def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Ten
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if row_slots is None or rows.shape[0] < row_slots.shape[0]:  # or these are not the step's tokens
-        return functional.linear(x, weight, bias)
-    padding = rows.shape[0] - row_slots.shape[0]
-    # Rows past the step's own repeat its last slot, or they would add one to what a kernel reads.
-    padded = torch.cat([row_slots, row_slots[-1:].expand(padding)]) if padding else row_slots
-    out = multiply(rows, weight, slots, padded, bias, present)
+        if x.dtype == weight.dtype:
+            return functional.linear(x, weight, bias)
+        out = cpu.dense(rows, weight, bias)
+    else:
+        padding = rows.shape[0] - row_slots.shape[0]
+        # Rows past the step's own repeat its last slot, or they would add one to what a kernel reads.
+        padded = torch.cat([row_slots, row_slots[-1:].expand(padding)]) if padding else row_slots
+        out = multiply(rows, weight, slots, padded, bias, present)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
 

@@ -64,7 +64,9 @@ class MaskManager:
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:  # noqa: ARG002
         """Called once, after the weights are there: give every linear layer its slots."""
-        heads = (buffer for name, buffer in model.named_buffers() if name.endswith(linear.QUANTIZED))
+        heads = (
+            each for name, each in model.named_buffers() if name.endswith((linear.QUANTIZED, linear.BF16))
+        )
         self.base_bytes = sum({p.data_ptr(): p.nbytes for p in (*model.parameters(), *heads)}.values())
         # vLLM's copy of a head, of which it makes none in bf16 without instructions for it.
         packed = (layer.get_parameter("weight") for layer in model.modules() if hasattr(layer, "cpu_linear"))

@@ -25,8 +25,17 @@ def tensors() -> int:
 @pytest.mark.parametrize(("bf16", "copies"), [(True, 0), (False, 1)])
 def test_a_base_takes_its_tensors_and_a_head_that_our_kernel_does_not_read_a_copy(monkeypatch, bf16, copies):
     monkeypatch.setattr(capacity, "bf16_on_cpu", lambda: bf16)
+    monkeypatch.setattr(capacity, "holds_bf16", lambda _: False)  # as where there are no kernels
     assert measure(DEMO / "base").base == tensors()  # bfloat16, which nothing packs
     assert measure(DEMO / "base", torch.float32).base == 2 * tensors() + copies * HEAD * 4
+
+
+def test_linear_layers_of_a_bfloat16_checkpoint_stay_so_under_every_dtype(monkeypatch):
+    monkeypatch.setattr(capacity, "holds_bf16", lambda _: True)
+    linear = 2 * maskset.load(DEMO / "masks/legal.safetensors").weights
+    others = 2 * (tensors() - linear)  # embeddings and norms as float32
+    assert measure(DEMO / "base", torch.float32).base == linear + others + 2 * HEAD  # which is tied
+    assert measure(DEMO / "base", torch.bfloat16).base == tensors()
 
 
 def test_a_mask_takes_what_its_file_holds():

@@ -631,18 +631,19 @@ void maskllm_quantize(uint8_t* slot, const void* weight, int weight_type, long w
         }
 }
 
-// A bf16 slot's weight (outs, columns) with zeros where nothing is kept, as fp32 or bf16.
-void maskllm_expand(const uint8_t* slot, void* out, int out_type, long outs, long columns, int threads) {
+// Rows `begin`, of a quad's first, to `end` of a bf16 slot's weight (outs, columns), as fp32 or bf16 with zeros where
+// nothing is kept.
+void maskllm_expand(const uint8_t* slot, void* out, int out_type, long outs, long columns, long begin, long end, int threads) {
     const Shape s(outs, columns);
     const uint8_t *masks = slot + masks_at(s, BF16), *values = slot + values_at(s, BF16);
     const size_t size = out_type == BF16 ? 2 : 4;
 #pragma omp parallel for num_threads(threads)
-    for (size_t q = 0; q < s.quads; q++)
+    for (size_t first = begin; first < size_t(end); first += ROWS)
         for (size_t b = 0; b < s.blocks; b++) {
-            const size_t at = place(s, BF16, q, b), count = std::min(COLUMNS, s.columns - b * COLUMNS);
-            for (size_t r = 0; r < std::min(ROWS, s.outs - q * ROWS); r++)
+            const size_t at = place(s, BF16, first / ROWS, b), count = std::min(COLUMNS, s.columns - b * COLUMNS);
+            for (size_t r = 0; r < std::min(ROWS, end - first); r++)
                 expand_row(masks + at * MASK_BYTES + 4 * r, values + at * BF16_BYTES + 4 * r, count, out_type,
-                           (uint8_t*)out + ((q * ROWS + r) * s.columns + b * COLUMNS) * size);
+                           (uint8_t*)out + ((first - begin + r) * s.columns + b * COLUMNS) * size);
         }
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskllm.core.base import BadBase, read_base
+from maskllm.core.base import BadBase, is_bf16, read_base
 
 
 @pytest.fixture
@@ -64,3 +64,15 @@ def test_a_folder_without_a_checkpoint_is_no_base(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("not tensors at all")
     with pytest.raises(BadBase, match="not a safetensors file"):
         read_base(tmp_path)
+
+
+def test_a_base_is_bfloat16_if_all_its_matrices_are_whatever_its_config_says(tmp_path, model):
+    model.bfloat16()
+    model.model.norm.float()  # as some checkpoints have it
+    model.config.dtype = torch.float32
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    assert is_bf16(tmp_path)
+    model.model.layers[1].mlp.up_proj.float()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    assert not is_bf16(tmp_path)

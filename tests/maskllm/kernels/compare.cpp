@@ -26,6 +26,7 @@ int main() {
         for (auto& value : bytes) value = uint8_t(rand() % 255 - 127);
         for (auto& value : panel) value = rand() % 2001 / 1000.f - 1;
         float a[16] = {}, b[16] = {};
+        float g[16] = {}, h[16] = {};
         int32_t c[16] = {}, d[16] = {}, e[16] = {}, f[16] = {};
         ours.sparse_f32(masks.data(), bf16.data(), blocks, panel.data(), inputs, a);
         reference.sparse_f32(masks.data(), bf16.data(), blocks, panel.data(), inputs, b);
@@ -33,7 +34,11 @@ int main() {
         reference.int8(masks.data(), int8.data(), blocks, bytes.data(), inputs, d);
         ours.int8(nullptr, bf16.data(), blocks, bytes.data(), inputs, e);  // any bytes are as many dense weights
         reference.int8(nullptr, bf16.data(), blocks, bytes.data(), inputs, f);
+        const auto rows = (const uint16_t*)bf16.data();  // of as many dense weights, 96 apart
+        ours.dense_f32(rows, 96, 96, panel.data(), inputs, g);
+        reference.dense_f32(rows, 96, 96, panel.data(), inputs, h);
         for (int i = 0; i < 4 * inputs; i++) {
+            if (std::fabs(g[i] - h[i]) > 1e-4f || h[i] == 0) return printf("dense fp32: %g, not %g\n", g[i], h[i]), 1;
             if (std::fabs(a[i] - b[i]) > 1e-4f || b[i] == 0) return printf("fp32: %g, not %g\n", a[i], b[i]), 1;
             if (c[i] != d[i] || d[i] == 0) return printf("int8: %d, not %d\n", c[i], d[i]), 1;
             if (e[i] != f[i] || f[i] == 0) return printf("dense int8: %d, not %d\n", e[i], f[i]), 1;

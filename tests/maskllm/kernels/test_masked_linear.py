@@ -544,6 +544,70 @@ def test_a_weight_without_slots_is_multiplied_as_it_is(fast, dtype):  # noqa: AR
     assert cpu.dense(x.to(dtype), weight.to(dtype), bias).tolist() == [[10.5, -1], [9.5, 1]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize(("outs", "columns"), [(8, 32), (7, 172), (30, 1160), (12, 4100)])
+def test_dense_rows_of_a_bfloat16_weight_are_right_in_every_dtype(fast, costs, outs, columns, rows, dtype):  # noqa: ARG001
+    torch.manual_seed(0)
+    wide = torch.full((outs, columns + 4), torch.nan).bfloat16()  # a row's neighbours are no part of it
+    weight = wide[:, :columns].copy_(torch.randn(outs, columns))
+    x, bias = torch.randn(rows, columns).to(dtype), torch.randn(outs)
+    expected = x.double() @ weight.double().T + bias.double()
+    rtol, atol = {torch.float32: (1e-5, 1e-3), torch.float16: (1e-3, 0.2), torch.bfloat16: (1e-2, 0.2)}[dtype]
+    for most in (rows, 0):  # by our kernel, and by torch
+        cpu.set_costs(replace(costs, dense_rows=most))
+        out = cpu.dense(x, weight, bias)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("most", [64, 0])
+def test_dense_and_masked_rows_of_a_bfloat16_weight_share_a_step(fast, costs, most):  # noqa: ARG001
+    cpu.set_costs(replace(costs, dense_rows=most))
+    torch.manual_seed(0)
+    weight, x = torch.randn(20, 300).bfloat16(), torch.randn(9, 300)
+    masks = [best(torch.rand(weight.shape)) for _ in range(2)]
+    row_slots = torch.tensor([DENSE, 0, 1, DENSE, 1, DENSE, DENSE, DENSE, 0], dtype=torch.int32)
+    out = masked_linear(x, weight, masked(weight, masks), row_slots, torch.arange(20))
+    expected = exact(x, weight, masks, row_slots, torch.arange(20))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("made_dense", [False, True])
+def test_a_weight_is_converted_and_made_dense_in_pieces(costs, monkeypatch, made_dense):
+    """Here of 4 rows of 32 columns each: twice as many would be 256 weights."""
+    monkeypatch.setattr(cpu, "PIECE", 255)
+    cpu.set_costs(replace(costs, dense_rows=0, sparse_rows=0))
+    torch.manual_seed(0)
+    weight, x, bias = torch.randn(21, 32).bfloat16(), torch.randn(5, 32), torch.randn(21)
+    mask = best(torch.rand(weight.shape))
+    row_slots = torch.full((5,), 0 if made_dense else DENSE, dtype=torch.int32)
+    pieces, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w, out: pieces.append(w.shape[1]) or mm(x, w, out=out))
+    out = masked_linear(x, weight, masked(weight, [mask]), row_slots, bias)
+    assert pieces == [4, 4, 4, 4, 4, 1]
+    expected = exact(x, weight, [mask], row_slots, bias)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("outs", [3, 16, 76, 2100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row_is_right_however_many_quads_are_read_at_once(fast, outs, dtype, threads):  # noqa: ARG001
+    """Some quads are left over, a last one is not whole, and the last chunk of columns is not full."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(outs, 1160).bfloat16(), torch.randn(1, 1160).to(dtype)
+    mask, before = best(torch.rand(weight.shape)), torch.get_num_threads()
+    slots, row_slots = masked(weight, [mask]), torch.zeros(1, dtype=torch.int32)
+    try:
+        torch.set_num_threads(threads)
+        out = masked_linear(x, weight, slots, row_slots, None)
+    finally:
+        torch.set_num_threads(before)
+    rtol, atol = (1e-5, 1e-4) if dtype == torch.float32 else (1e-2, 0.2)
+    torch.testing.assert_close(out.double(), exact(x, weight, [mask], row_slots, None), rtol=rtol, atol=atol)
+
+
 def test_a_weight_whose_rows_are_not_contiguous_is_refused(fast):  # noqa: ARG001
     weight = torch.ones(8, 4).T
     slots = allocate(weight.contiguous(), 1)

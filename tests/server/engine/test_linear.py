@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor import parameter
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from maskllm.core.patterns import pack
@@ -167,6 +169,39 @@ def test_an_embedding_has_no_copy_and_is_a_head_as_well():
     logits = embedding.quant_method.apply(embedding, torch.full((1, 1024), 10.0))  # as of Gemma's
     assert logits.nonzero().tolist() == [[0, 3]]
     assert logits[0, 3] == 20
+
+
+def test_a_bfloat16_checkpoint_is_held_so_in_a_model_of_float32(monkeypatch):
+    """Linear layers, and a head of its own; embeddings, and a head tied to them, multiply by a copy."""
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)  # there is no group of ranks
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+    config = VllmConfig(additional_config={"weight_dtype": "bfloat16"})
+    with set_current_vllm_config(config):
+        layer = ReplicatedLinear(64, 32, bias=False, quant_config=MaskConfig(), disable_tp=True)
+        embedding = VocabParallelEmbedding(64, 32, quant_config=MaskConfig(), disable_tp=True)
+        head, tied = (ParallelLMHead(64, 32, quant_config=MaskConfig(), disable_tp=True) for _ in range(2))
+    tied.tie_weights(embedding)
+    assert layer.weight.dtype == head.weight.dtype == torch.bfloat16
+    assert embedding.weight.dtype == torch.float32
+    embedding.weight.data.zero_()[3, 5] = 2
+    head.weight.data.copy_(embedding.weight)
+    layer.weight.data.zero_()[1, 4] = 3
+    for each in (layer, embedding, head, tied):
+        each.quant_method.process_weights_after_loading(each)
+    layer.register_buffer("slots", allocate(layer.weight, 1))
+    assert layer.weight.dtype == torch.bfloat16
+    assert [hasattr(each, "bf16") for each in (embedding, head, tied)] == [False, False, True]
+    assert embedding(torch.tensor([3])).dtype == torch.float32
+    for each in (head, tied, embedding):
+        logits = each.quant_method.apply(each, torch.full((1, 32), 1 + 2**-20))
+        assert logits.nonzero().tolist() == [[0, 3]]
+        assert logits[0, 3] == 2 + 2**-19  # of the inputs nothing is rounded
+    for rows in ([DENSE, DENSE], None):
+        begin_step(rows, CPU)
+        out = layer(torch.full((2, 64), 1 + 2**-20))[0]
+        assert out.nonzero().tolist() == [[0, 1], [1, 1]]
+        assert out[0, 1] == 3 * (1 + 2**-20)
+    assert layer(torch.ones(1, 2, 64))[0].shape == (1, 2, 32)
 
 
 def test_a_gpu_takes_a_step_s_slots_without_a_wait(monkeypatch):
