@@ -50,7 +50,10 @@ def read_base(folder: Path) -> Base:
 
 
 def is_bf16(folder: Path) -> bool:
-    """Whether every matrix of a checkpoint is bfloat16, whatever its config says. Raises BadBase."""
+    """Whether every matrix of a checkpoint is bfloat16; where it has none yet, whether its config says so."""
+    if not any(folder.glob("*.safetensors")):
+        config = json.loads((folder / "config.json").read_text())
+        return "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
     files = _tensor_files(folder)
     for path in set(files.values()):
         with safe_open(path, "pt") as file:

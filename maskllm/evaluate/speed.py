@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from maskllm.core.patterns import best, encode, pack
 from maskllm.kernels import DENSE, cpu
-from maskllm.kernels.masked_linear import allocate, bf16_on_cpu, fill, masked_linear
+from maskllm.kernels.masked_linear import allocate, fill, masked_linear
 
 POOL_BYTES = 200_000_000
 """Of int8 slots, the smallest weights, that are gone through before one is met again: with 32 MB of cache a
@@ -111,7 +111,7 @@ class Layer:
             cpu.dense_int8(half, self.weights[at], self.dense_int8[at])
 
         extra = {"ours, dense bf16": ours(self.bf16, half, dense, 0.5)}
-        if cpu.using() != "avx512-bf16" or rows > cpu.dense_rows():  # it would be torch's
+        if rows > cpu.dense_rows():  # it would be torch's
             extra.clear()
         linear, quantized = functional.linear, torch.ops.quantized.linear_dynamic
         if rows == 1:  # which torch has a faster product for
@@ -127,22 +127,21 @@ class Layer:
         } | extra
 
     def swap(self) -> dict[str, Callable[[int], object]]:
-        """Writing a mask into a slot, against copying the dense weight, of the type that the server holds."""
-        dense = self.weights if bf16_on_cpu() else self.floats
-        count = len(dense)
-        copies = [cpu.in_big_pages(weight) for weight in dense]  # not empty: pages must be there
+        """Writing a mask into a slot, against copying the dense weight."""
+        count = len(self.weights)
+        copies = [cpu.in_big_pages(weight) for weight in self.weights]  # not empty: pages must be there
 
         def swap(slots: list[Tensor], place: float) -> Callable[[int], object]:
             start = int(place * count)
 
             def work(turn: int) -> None:
                 at = (turn + start) % count
-                fill(slots[at], 0, dense[at], self.packed)
+                fill(slots[at], 0, self.weights[at], self.packed)
 
             return work
 
         return {
-            "memcpy of the dense weight": lambda turn: copies[turn % count].copy_(dense[turn % count]),
+            "memcpy of the dense weight": lambda turn: copies[turn % count].copy_(self.weights[turn % count]),
             "swap bf16": swap(self.bf16, 1 / 3),
             "swap int8": swap(self.int8, 2 / 3),
         }

@@ -147,11 +147,13 @@ enum Form { LANES_F32, LANES_BF16, LANES_INT8, EVEN_FIRST_F32, NATURAL_BF16 };
 
 size_t element_bytes(Form form) { return form == LANES_INT8 ? 1 : form == LANES_BF16 || form == NATURAL_BF16 ? 2 : 4; }
 
-constexpr long READ = 1 << 15;  // numbers that a thread reads in one go
+constexpr long READ = 1 << 15, LINES = 64;  // numbers that a thread reads in one go, and of one stream in turn
 
-CLONES uint64_t sum_of(const uint64_t* numbers, long count) {
+CLONES uint64_t sum_of(const uint64_t* numbers, long apart, long count) {
     uint64_t sum = 0;
-    for (long i = 0; i < count; i++) sum += numbers[i];
+    for (long begin = 0; begin < count; begin += LINES)
+        for (long stream = 0; stream < STREAMS; stream++)
+            for (long i = begin; i < std::min(begin + LINES, count); i++) sum += numbers[stream * apart + i];
     return sum;
 }
 
@@ -540,11 +542,11 @@ void maskllm_advise(void* memory, long bytes) {
 #endif
 }
 
-// Sum of memory, for the speed at which it can be read at all.
+// Sum of memory, STREAMS times as many numbers, for the speed at which it can be read at all.
 long maskllm_read(const uint64_t* memory, long count, int threads) {
     uint64_t sum = 0;
 #pragma omp parallel for reduction(+ : sum) num_threads(threads)
-    for (long i = 0; i < count; i += READ) sum += sum_of(memory + i, std::min(READ, count - i));
+    for (long i = 0; i < count; i += READ) sum += sum_of(memory + i, count, std::min(READ, count - i));
     return long(sum);
 }
 

@@ -76,3 +76,6 @@ def test_a_base_is_bfloat16_if_all_its_matrices_are_whatever_its_config_says(tmp
     model.config.dtype = torch.bfloat16
     model.save_pretrained(tmp_path, max_shard_size="2KB")
     assert not is_bf16(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    assert is_bf16(tmp_path)
