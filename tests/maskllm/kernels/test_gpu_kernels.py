@@ -1,10 +1,8 @@
 """The GPU's kernels: what they compute (interpreted), what they compile to, and on a GPU both at once."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,16 +25,9 @@ def fusion(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-def test_the_kernels_keep_their_promises_under_the_interpreter():
-    """In a process of its own: a kernel is interpreted for good if the variable is set on import."""
-    promises = Path(__file__).with_name("interpreted.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(promises)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
+def test_the_kernels_keep_their_promises_under_the_interpreter(interpreted):
+    process, out = interpreted
+    assert process.wait() == 0, out.read_text()
 
 
 SLOT = {"slots": "*i32", "slot": "i32", "groups": "i32", "slot_words": "i32", "indices_at": "i32"}
