@@ -159,8 +159,8 @@ def table(
                 )
     for name in names:
         of = CONTENDERS[name]
-        head = VOCABULARY * HIDDEN * (1 if of.head_dtype == "int8" else 2 if of.dtype == "bfloat16" else 4)
-        read = weights * of.bytes_a_weight + head
+        head = 1 if of.head_dtype == "int8" else 2 if of.ours or of.dtype == "bfloat16" else 4
+        read = weights * of.bytes_a_weight + head * VOCABULARY * HIDDEN
         yield Row(f"ceiling of a decode step | {name}, ms", round(read / gb_s / 1e6, 2), "ms")
 
 

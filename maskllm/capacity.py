@@ -73,10 +73,11 @@ def measure(
     slot_dtype = torch.int8 if int8 else torch.bfloat16
     if int8_head:
         copy = cpu.quantized_bytes(*head.shape)
-    elif head.dtype != torch.float32:
-        copy = 0  # vLLM packs bfloat16 where there are instructions for it only
+    elif bf16:
+        copy = 0 if head.dtype == torch.bfloat16 else 2 * head.numel()
     else:
-        copy = 2 * head.numel() if bf16 else 0 if bf16_on_cpu() else head.nbytes
+        packs = head.dtype == torch.float32 and not bf16_on_cpu()  # bf16 with instructions for it only
+        copy = head.nbytes if packs else 0
     return Capacity(
         base=base + copy,
         slot=sum(cpu.slot_bytes(rows, columns, slot_dtype) for rows, columns in shapes),

@@ -75,7 +75,7 @@ class MaskConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding) and current_platform.is_cpu():
             head = isinstance(layer, ParallelLMHead)
             if head and config.get("head_dtype") == "int8":
-                return Int8HeadMethod()
+                return Int8HeadMethod(bf16)
             if bf16 or bf16_on_cpu():
                 return DenseHeadMethod(bf16)
             return None if head else EmbeddingMethod()
@@ -157,7 +157,7 @@ class DenseHeadMethod(UnquantizedEmbeddingMethod):
         return layer.get_buffer(BF16)
 
 
-class Int8HeadMethod(UnquantizedEmbeddingMethod):
+class Int8HeadMethod(DenseHeadMethod):
     """The head by a copy of it in 8 bits; the weight itself stays, as embeddings may be tied to it."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -180,7 +180,7 @@ def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Ten
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if row_slots is None or rows.shape[0] < row_slots.shape[0]:  # or these are not the step's tokens
-        if x.dtype == weight.dtype:
+        if x.dtype == weight.dtype or x.is_cuda:
             return functional.linear(x, weight, bias)
         out = cpu.dense(rows, weight, bias)
     else:
