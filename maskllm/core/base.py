@@ -50,17 +50,18 @@ def read_base(folder: Path) -> Base:
 
 
 def is_bf16(folder: Path) -> bool:
-    """Whether every matrix of a checkpoint is bfloat16; where it has none yet, whether its config says so."""
-    if not any(folder.glob("*.safetensors")):
+    """Whether every matrix of a checkpoint is bfloat16, or its config says so, where not all are here."""
+    try:
+        return all(map(_has_bf16_only, set(_tensor_files(folder).values())))
+    except (BadBase, FileNotFoundError):
         config = json.loads((folder / "config.json").read_text())
         return "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
-    files = _tensor_files(folder)
-    for path in set(files.values()):
-        with safe_open(path, "pt") as file:
-            tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
-        if any(len(each.get_shape()) > 1 and each.get_dtype() != "BF16" for each in tensors):
-            return False
-    return True
+
+
+def _has_bf16_only(path: Path) -> bool:
+    with safe_open(path, "pt") as file:
+        tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+    return all(each.get_dtype() == "BF16" for each in tensors if len(each.get_shape()) > 1)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

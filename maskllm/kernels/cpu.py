@@ -139,7 +139,7 @@ def choices() -> str:
 def calibrate() -> Costs | None:
     """Measure the costs with the threads that torch has, and go by them from now on.
 
-    A second and 130 MB, out of reach of most caches. Whatever else runs only adds to a time, so that the
+    Two seconds and 130 MB, out of reach of most caches. Whatever else runs only adds to a time, so that the
     fastest of several turns counts. None where there are no kernels, or where a busy machine made a slot
     cost more than the dense weight, of which it is 9 bits in 16: what the costs were they are then again.
     """
@@ -170,7 +170,7 @@ def calibrate() -> Costs | None:
 
     def torchs(rows: int) -> Callable[[int], object]:
         x = inputs_of(rows)
-        return lambda at: _torchs(x, weights[at], None)
+        return lambda at: plain(x, weights[at], None)
 
     def made_dense(rows: int) -> Callable[[int], object]:
         x = inputs_of(rows)
@@ -241,7 +241,7 @@ def in_big_pages(weight: Tensor) -> Tensor:
 
 
 def read(memory: Tensor) -> None:
-    """Read an int64 tensor once and do nothing else: the ceiling of what is bound by memory.
+    """Read an int64 tensor, a multiple of four, and do nothing else: the ceiling of what is bound by memory.
 
     In four streams, by which Zen 3 reads 1.3 times as fast as by one.
     """
@@ -313,11 +313,9 @@ def linear(
     row_slots = int32(row_slots)
     out = x.new_empty(x.shape[0], weight.shape[0])
     if x.shape[0] > _sparse_rows and slots.dtype == torch.bfloat16:
-        # Without instructions for it torch's bf16 takes five times as long.
-        wide = x.dtype if using() == "avx512-bf16" else torch.float32
         for slot in (long := _long(row_slots, len(slots))):
             rows = row_slots == slot
-            out[rows] = _made_dense(x[rows].to(wide), weight, slots, slot, bias).to(x.dtype)
+            out[rows] = _made_dense(x[rows], weight, slots, slot, bias)
         if long:
             rest = ~torch.isin(row_slots, torch.tensor(long))
             out[rest] = linear(x[rest], weight, slots, row_slots[rest], bias)
@@ -344,36 +342,45 @@ def linear(
     if left < 0:
         raise ValueError(f"rows use slots {sorted(set(row_slots.tolist()))}, and there are {slots.shape[0]}")
     if left and left == x.shape[0]:
-        return _torchs(x, weight, bias)
+        return plain(x, weight, bias)
     if left:
         rows = (row_slots == DENSE).nonzero().squeeze(1)
-        out[rows] = _torchs(x[rows], weight, bias)
+        out[rows] = plain(x[rows], weight, bias)
     return out
 
 
-def _torchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """torch's own product, which takes one dtype for all."""
-    if weight.dtype == x.dtype:
-        return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return _by_pieces(x, weight, lambda begin, end: weight[begin:end].to(x.dtype), bias)
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (rows, in) times a weight (out, in) of any dtype, by torch, which takes one for all: x's."""
+    wide = _wide(x)
+    if weight.dtype == wide.dtype:
+        return functional.linear(wide, weight, None if bias is None else bias.to(wide.dtype)).to(x.dtype)
+    return _by_pieces(wide, weight, lambda begin, end: weight[begin:end].to(wide.dtype), bias).to(x.dtype)
 
 
 def _made_dense(x: Tensor, weight: Tensor, slots: Tensor, slot: int, bias: Tensor | None) -> Tensor:
-    """torch's product with the masked weight (out, in) of a bfloat16 slot."""
+    """`plain` of the masked weight (out, in) in a bfloat16 slot."""
+    wide = _wide(x)
     return _by_pieces(
-        x, weight, lambda begin, end: expand(slots, slot, weight.shape, x.dtype, begin, end), bias
-    )
+        wide, weight, lambda begin, end: expand(slots, slot, weight.shape, wide.dtype, begin, end), bias
+    ).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x as torch multiplies it well: without instructions for it bfloat16 takes five times as long."""
+    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and _library() and using() != "avx512-bf16"
+    return x.float() if slow else x
 
 
 def _by_pieces(x: Tensor, weight: Tensor, piece: Callable[[int, int], Tensor], bias: Tensor | None) -> Tensor:
     """torch's product with rows of a weight that is made piece by piece, as new memory for all is slow."""
     outs, columns = weight.shape
     out = x.new_empty(x.shape[0], outs)
+    bias = x.new_zeros(outs) if bias is None else bias.to(x.dtype)
     step = max(1, PIECE // (4 * columns)) * 4
     for begin in range(0, outs, step):
         end = min(outs, begin + step)
-        torch.mm(x, piece(begin, end).t(), out=out[:, begin:end])
-    return out if bias is None else out.add_(bias.to(x.dtype))
+        torch.addmm(bias[begin:end], x, piece(begin, end).t(), out=out[:, begin:end])
+    return out
 
 
 def expand(slots: Tensor, slot: int, shape: torch.Size, dtype: torch.dtype, begin: int, end: int) -> Tensor:

@@ -12,7 +12,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from maskllm.core.base import is_bf16
 from maskllm.core.patterns import expand, row_bytes, unpack
@@ -147,17 +146,16 @@ def reference(x: Tensor, weight: Tensor, slots: Tensor, row_slots: Tensor, bias:
     cpu.check(x, weight, row_slots, bias)
     _check_slots(slots, weight)
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    bias = None if bias is None else bias.to(dtype)
     out = x.new_empty(x.shape[0], weight.shape[0])
     present = torch.unique(row_slots).tolist()
     if present and not DENSE <= present[0] <= present[-1] < len(slots):
         raise ValueError(f"rows use slots {present}, and there are {len(slots)}")
     for slot in present:
-        effective = (weight if slot == DENSE else torch.where(slots[slot], weight, 0)).to(dtype)
+        effective = weight if slot == DENSE else torch.where(slots[slot], weight, 0)
         if len(present) == 1:
-            return functional.linear(x.to(dtype), effective, bias).to(x.dtype)
+            return cpu.plain(x.to(dtype), effective, bias).to(x.dtype)
         rows = (row_slots == slot).nonzero().squeeze(1)
-        out[rows] = functional.linear(x[rows].to(dtype), effective, bias).to(x.dtype)
+        out[rows] = cpu.plain(x[rows].to(dtype), effective, bias).to(x.dtype)
     return out
 
 

@@ -36,6 +36,7 @@ def test_linear_layers_of_a_bfloat16_checkpoint_stay_so_under_every_dtype(monkey
     others = 2 * (tensors() - linear)  # embeddings and norms as float32
     assert measure(DEMO / "base", torch.float32).base == linear + others + 2 * HEAD  # which is tied
     assert measure(DEMO / "base", torch.bfloat16).base == tensors()
+    assert measure(DEMO / "base", torch.float16).base == tensors() + 2 * HEAD
 
 
 def test_a_mask_takes_what_its_file_holds():

@@ -253,16 +253,17 @@ void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t blo
     for (int t = 0; fused && t < panel.inputs; t++)
         masks[t] = batch.masks(batch.row_slots[batch.order[panel.first + std::min(t, panel.rows - 1)]], q, block);
     const uint16_t* weight = batch.weight + q * ROWS * batch.weight_stride + block * COLUMNS;
+    const bool even_first = batch.form(*panel.part) == EVEN_FIRST_F32;
     size_t columns = std::min(blocks * COLUMNS, s.columns - block * COLUMNS), stride = batch.weight_stride;
-    const size_t present = std::min(ROWS, s.outs - q * ROWS), padded = ceil_div(columns, 32) * 32;
-    std::vector<uint16_t> copy;
+    const size_t present = std::min(ROWS, s.outs - q * ROWS), padded = even_first ? ceil_div(columns, 32) * 32 : columns;
+    static thread_local std::vector<uint16_t> copy;
     if (present < ROWS || columns < padded) {
-        copy.resize(ROWS * padded);
+        copy.assign(ROWS * padded, 0);
         for (size_t r = 0; r < present; r++) std::memcpy(&copy[r * padded], weight + r * stride, 2 * columns);
         weight = copy.data(), stride = columns = padded;
     }
     const size_t at = block * COLUMNS * panel.inputs;
-    if (batch.form(*panel.part) == EVEN_FIRST_F32)
+    if (even_first)
         kernels->dense_f32(weight, stride, columns, (const float*)panel.data + at, panel.inputs, sums);
     else
         kernels->dense_bf16(weight, stride, columns, fused ? masks : nullptr, s.quads * CHUNK * MASK_BYTES,
@@ -349,7 +350,7 @@ CLONES void write(const Batch& batch, const Panel& panel, size_t first, size_t q
 }
 
 // Several panels take turns at the weights of some quads, which with their own part stay in the second cache; where the
-// weights are dense at those of one quad, so that both stay in the first. A single panel takes all quads at once: one stream.
+// weights are dense at those of one quad, so that both stay in the first. A single panel takes all quads at once: one stream, or STREAMS.
 constexpr size_t QUADS_TOGETHER = 64, PANELS_TOGETHER = 8;
 
 void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first_quad, size_t last_quad, const float* scales) {

@@ -68,8 +68,8 @@ struct Kernels {
     // Four rows of the dense weight, a multiple of 32 columns, and a panel of 1, 2 or 4 inputs, of each 32 columns the
     // even ones first.
     void (*dense_f32)(const uint16_t* weight, size_t weight_stride, size_t columns, const float* panel, int inputs, float* out);
-    // The same with inputs in natural order; masks[input] has the mask bits
-    // of an input in the first chunk, where it has a mask: the form that reads the weight once for many masks.
+    // The same for any columns, and inputs in natural order; masks[input] has the mask bits of an input in the first
+    // chunk, where it has a mask: the form that reads the weight once for many masks.
     void (*dense_bf16)(const uint16_t* weight, size_t weight_stride, size_t columns, const uint8_t* const* masks,
                        size_t mask_stride, const uint16_t* panel, int inputs, float* out);
     // Four rows of 128 dense columns and their mask bits -> the values of a block. As int8 an infinity saturates, and NaN is 0.

@@ -1,8 +1,8 @@
-// Sparse products for any instruction set `V`, which names its vectors and what they can do.
+// Products for any instruction set `V`, which names its vectors and what they can do.
 //
 // V::F and V::I are vectors of V::WIDTH floats and as many int32; 64 bytes are 16 / WIDTH of them. In each 128-bit
 // lane V::select turns mask nibbles into two permutations, of a group's first and second kept column. V::add_rows adds
-// what the lanes of a sum hold of each row; vectors of 64 bytes do so for four inputs at once.
+// what the lanes of a sum hold of each row, V::add_all all that a sum holds; vectors of 64 bytes do so for four inputs at once.
 #pragma once
 #include "layout.h"
 

@@ -69,13 +69,14 @@ def test_a_folder_without_a_checkpoint_is_no_base(tmp_path: Path) -> None:
 def test_a_base_is_bfloat16_if_all_its_matrices_are_whatever_its_config_says(tmp_path, model):
     model.bfloat16()
     model.model.norm.float()  # as some checkpoints have it
-    model.config.dtype = torch.float32
     model.save_pretrained(tmp_path, max_shard_size="2KB")
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"bfloat16"', '"float32"'))
     assert is_bf16(tmp_path)
     model.model.layers[1].mlp.up_proj.float()
-    model.config.dtype = torch.bfloat16
     model.save_pretrained(tmp_path, max_shard_size="2KB")
     assert not is_bf16(tmp_path)
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
+    assert "bfloat16" in config.read_text()  # of the model's first tensor
     assert is_bf16(tmp_path)

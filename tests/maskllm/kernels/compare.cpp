@@ -34,9 +34,14 @@ int main() {
         reference.int8(masks.data(), int8.data(), blocks, bytes.data(), inputs, d);
         ours.int8(nullptr, bf16.data(), blocks, bytes.data(), inputs, e);  // any bytes are as many dense weights
         reference.int8(nullptr, bf16.data(), blocks, bytes.data(), inputs, f);
-        const auto rows = (const uint16_t*)bf16.data();  // of as many dense weights, 96 apart
-        ours.dense_f32(rows, 96, 96, panel.data(), inputs, g);
-        reference.dense_f32(rows, 96, 96, panel.data(), inputs, h);
+        for (size_t columns : {96, 1056}) {  // short rows, and long ones
+            std::vector<uint16_t> weight(4 * columns);
+            std::vector<float> wide(columns * inputs);
+            for (auto& value : weight) value = to_bf16(rand() % 2001 / 1000.f - 1);
+            for (auto& value : wide) value = rand() % 2001 / 1000.f - 1;
+            ours.dense_f32(weight.data(), columns, columns, wide.data(), inputs, g);
+            reference.dense_f32(weight.data(), columns, columns, wide.data(), inputs, h);
+        }
         for (int i = 0; i < 4 * inputs; i++) {
             if (std::fabs(g[i] - h[i]) > 1e-4f || h[i] == 0) return printf("dense fp32: %g, not %g\n", g[i], h[i]), 1;
             if (std::fabs(a[i] - b[i]) > 1e-4f || b[i] == 0) return printf("fp32: %g, not %g\n", a[i], b[i]), 1;

@@ -561,31 +561,36 @@ def test_dense_rows_of_a_bfloat16_weight_are_right_in_every_dtype(fast, costs, o
         torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("most", [64, 0])
-def test_dense_and_masked_rows_of_a_bfloat16_weight_share_a_step(fast, costs, most):  # noqa: ARG001
+def test_dense_and_masked_rows_of_a_bfloat16_weight_share_a_step(fast, costs, most, dtype):  # noqa: ARG001
     cpu.set_costs(replace(costs, dense_rows=most))
     torch.manual_seed(0)
     weight, x = torch.randn(20, 300).bfloat16(), torch.randn(9, 300)
     masks = [best(torch.rand(weight.shape)) for _ in range(2)]
     row_slots = torch.tensor([DENSE, 0, 1, DENSE, 1, DENSE, DENSE, DENSE, 0], dtype=torch.int32)
-    out = masked_linear(x, weight, masked(weight, masks), row_slots, torch.arange(20))
-    expected = exact(x, weight, masks, row_slots, torch.arange(20))
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+    out = masked_linear(x, weight, masked(weight, masks, dtype), row_slots, torch.arange(20)).double()
+    expected, dense = exact(x, weight, masks, row_slots, torch.arange(20)), row_slots == DENSE
+    torch.testing.assert_close(out[dense], expected[dense], rtol=1e-5, atol=1e-4)
+    atol = 1e-4 if dtype == torch.bfloat16 else 1
+    torch.testing.assert_close(out[~dense], expected[~dense], rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("made_dense", [False, True])
 def test_a_weight_is_converted_and_made_dense_in_pieces(costs, monkeypatch, made_dense):
-    """Here of 4 rows of 32 columns each: twice as many would be 256 weights."""
-    monkeypatch.setattr(cpu, "PIECE", 255)
+    """Here of 12 rows of 32 columns each: 16 would be 512 weights."""
+    monkeypatch.setattr(cpu, "PIECE", 511)
     cpu.set_costs(replace(costs, dense_rows=0, sparse_rows=0))
     torch.manual_seed(0)
     weight, x, bias = torch.randn(21, 32).bfloat16(), torch.randn(5, 32), torch.randn(21)
     mask = best(torch.rand(weight.shape))
     row_slots = torch.full((5,), 0 if made_dense else DENSE, dtype=torch.int32)
-    pieces, mm = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda x, w, out: pieces.append(w.shape[1]) or mm(x, w, out=out))
+    pieces, addmm = [], torch.addmm
+    monkeypatch.setattr(
+        torch, "addmm", lambda b, x, w, out: pieces.append(w.shape[1]) or addmm(b, x, w, out=out)
+    )
     out = masked_linear(x, weight, masked(weight, [mask]), row_slots, bias)
-    assert pieces == [4, 4, 4, 4, 4, 1]
+    assert pieces == [12, 9]
     expected = exact(x, weight, [mask], row_slots, bias)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
 
@@ -593,8 +598,9 @@ def test_a_weight_is_converted_and_made_dense_in_pieces(costs, monkeypatch, made
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("outs", [3, 16, 76, 2100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_row_is_right_however_many_quads_are_read_at_once(fast, outs, dtype, threads):  # noqa: ARG001
+def test_one_row_is_right_however_many_quads_are_read_at_once(monkeypatch, fast, outs, dtype, threads):  # noqa: ARG001
     """Some quads are left over, a last one is not whole, and the last chunk of columns is not full."""
+    monkeypatch.setattr(cpu, "LARGE", 1)
     torch.manual_seed(0)
     weight, x = torch.randn(outs, 1160).bfloat16(), torch.randn(1, 1160).to(dtype)
     mask, before = best(torch.rand(weight.shape)), torch.get_num_threads()

@@ -42,7 +42,7 @@ def arguments(dtype: torch.dtype, mask_dtype: torch.dtype, rows: int) -> tuple[T
     slots = allocate(weight, 2, mask_dtype)
     for slot in range(2):
         fill(slots, slot, weight, pack(torch.randint(6, (OUTS, COLUMNS // 4))))
-    return torch.randn(rows, COLUMNS, dtype=dtype), weight.to(dtype), slots
+    return torch.randn(rows, COLUMNS, dtype=dtype), weight, slots
 
 
 def both(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, bool]:
@@ -68,7 +68,7 @@ def test_more_rows_than_the_kernels_are_best_for_are_left_to_python():
 
 @pytest.mark.parametrize("mask_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [[0], [1, 0, 1, 1], [0] * 40])
+@pytest.mark.parametrize("rows", [[0], [1, 0, 1, 1], [0] * 40, [DENSE], [0, DENSE, DENSE, 1]])
 def test_masked_rows_are_multiplied_without_python(rows, dtype, mask_dtype):
     x, weight, slots = arguments(dtype, mask_dtype, len(rows))
     begin_step(rows, CPU)
@@ -98,7 +98,8 @@ def test_a_bias_is_added_without_python_and_nothing_is_kept_of_a_call(bias):
     ("what", "rows"),
     {
         "dense rows that torch does better": [DENSE] * 40,
-        "some of each": [DENSE, 1] * 20,
+        "some of each": [DENSE, 1] * 40,
+        "dense rows of another weight": [DENSE] * 4,
         "more rows than the step has": [0, 1],
         "other rows than the step's": [0] * 9,
         "a step without masks": None,
@@ -125,6 +126,8 @@ def test_python_does_the_rest(what, rows):
             bias = torch.randn(OUTS).half()
         case "float16":
             x = x.half()
+        case "dense rows of another weight":
+            weight = weight.float()
         case "any mask":
             slots = torch.rand(2, *weight.shape) < 0.5
     begin_step(rows, CPU)
