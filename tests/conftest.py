@@ -36,14 +36,8 @@ def interpreted(request, tmp_path_factory):
         return
     out = tmp_path_factory.mktemp("interpreted") / "out"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        "nice",
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        str(INTERPRETED),
-    ]  # who has timers goes before it
+    # Who has timers goes before it.
+    command = ["nice", sys.executable, "-m", "pytest", "-q", str(INTERPRETED)]
     with out.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     yield process, out

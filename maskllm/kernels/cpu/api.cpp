@@ -350,7 +350,8 @@ CLONES void write(const Batch& batch, const Panel& panel, size_t first, size_t q
 }
 
 // Several panels take turns at the weights of some quads, which with their own part stay in the second cache; where the
-// weights are dense at those of one quad, so that both stay in the first. A single panel takes all quads at once: one stream, or STREAMS.
+// weights are dense at those of one quad, so that both stay in the first. A single panel takes all quads at once: one
+// stream, or STREAMS.
 constexpr size_t QUADS_TOGETHER = 64, PANELS_TOGETHER = 8;
 
 void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first_quad, size_t last_quad, const float* scales) {

@@ -36,7 +36,7 @@ inline void add_rows(const Sum (&sums)[T], Out* out) {
 template <class V, int T, int Q = 1>
 inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, float* out,
                             size_t apart = 0) {
-    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T * Q >= 8 || Q > 1 ? 1 : 2;
+    constexpr int W = V::WIDTH, PARTS = 16 / W, SUMS = T >= 8 || Q > 1 ? 1 : 2;
     typename V::F sum[SUMS][Q][T];
 #pragma GCC unroll 2
     for (auto& quads : sum)
@@ -61,9 +61,9 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
                     for (int t = 0; t < T; t++) {
                         auto inputs = V::load_f32(panel + 16 * (j * T + t) + W * p);
                         HOLD(inputs);
-                        auto &even = sum[0][q][t], &odd = sum[SUMS - 1][q][t];
-                        even = V::fma(first, V::permute(inputs, where.first), even);
-                        odd = V::fma(second, V::permute(inputs, where.second), odd);
+                        auto &one = sum[0][q][t], &other = sum[SUMS - 1][q][t];
+                        one = V::fma(first, V::permute(inputs, where.first), one);
+                        other = V::fma(second, V::permute(inputs, where.second), other);
                     }
                 }
             }
