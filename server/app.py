@@ -100,7 +100,7 @@ async def create_app(
             entry.prompt = sent.get("messages" if isinstance(request, ChatCompletionRequest) else "prompt")
         try:
             await check(request, raw_request)
-            bounds.check(request, settings)
+            bounds.check(request, await raw_request.json(), settings)
             ways = {
                 "query": _only("query", raw_request.query_params.getlist("mask")),
                 "body": request.mask,
@@ -117,7 +117,7 @@ async def create_app(
                 name = UNKNOWN  # replaced or removed meanwhile, and forgotten in the metrics
             name = mask.name if mask else DENSE
             entry.mask = mask.label if mask else DENSE
-            request.model = mask.key if mask else masks.base_name
+            request.model = mask.key if mask else None  # vLLM looks a base's name up among its names
             response = await answer(request, raw_request)
         except Exception as error:
             count(status_of(error))

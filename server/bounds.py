@@ -187,10 +187,14 @@ class BoundedHttp(HttpToolsProtocol):
             self._reading = self.loop.call_at(self._due, self._look)
 
 
-def check(request: "CompletionRequest | ChatCompletionRequest", settings: Settings) -> None:
-    """Raise TooMuch where a request asks for more than the server gives to one."""
+def check(
+    request: "CompletionRequest | ChatCompletionRequest", sent: dict[str, Any], settings: Settings
+) -> None:
+    """Raise TooMuch where a request, of the JSON that was sent, asks for more than the server gives to one."""
     # Only what it says: pydantic takes long over attributes that a model does not have.
     given = {name: value for name in request.model_fields_set if (value := getattr(request, name))}
+    if sent.get("max_tokens") is None:  # vLLM's model says 16 then, and its engine keeps to the limit
+        given.pop("max_tokens", None)
     prompt = given.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
     answers, tokens = "answers to a prompt", "tokens of an answer"

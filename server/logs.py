@@ -12,12 +12,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from logging.handlers import MemoryHandler, WatchedFileHandler
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import body, error_response
@@ -89,9 +89,8 @@ def write_to(file: Path | None) -> None:
     """Send the log to a file, which may be rotated, or to stderr."""
     handler = WatchedFileHandler(file) if file else logging.StreamHandler()
     handler.setFormatter(JSONLine())
-    together = Together(handler)
-    logger.handlers, logger.propagate = [together], False
-    atexit.register(together.flush)
+    logger.handlers, logger.propagate = [handler], False
+    atexit.register(LINES.write)
 
 
 class JSONLine(logging.Formatter):
@@ -101,30 +100,31 @@ class JSONLine(logging.Formatter):
         return json.dumps(record.msg)
 
 
-class Together(MemoryHandler):
-    """Lines are made and written some at a time."""
+class Lines:
+    """Lines that are written some at a time."""
 
-    def __init__(self, written_by: logging.Handler) -> None:
-        super().__init__(MOST_LINES)
-        self.written_by = written_by
+    def __init__(self) -> None:
+        self.waiting: list[dict[str, Any]] = []
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if not self.buffer:
-            asyncio.get_running_loop().call_later(WRITE_S, self.flush)
-        super().emit(record)
+    def add(self, line: dict[str, Any]) -> None:
+        """Have a line written soon."""
+        if not self.waiting:
+            asyncio.get_running_loop().call_later(WRITE_S, self.write)
+        self.waiting.append(line)
+        if len(self.waiting) >= MOST_LINES:
+            self.write()
 
-    def flush(self) -> None:
+    def write(self) -> None:
         """Write all, and keep none: what a rotated file that cannot be opened again does not take is lost."""
-        lines, self.buffer = self.buffer, []
-        for line in lines:
-            try:
-                self.written_by.handle(line)
-            except OSError:
-                self.handleError(line)
+        lines, self.waiting = self.waiting, []
+        try:
+            for line in lines:
+                logger.info(line)
+        except OSError as error:
+            logging.getLogger("maskllm").error("the request log cannot be written: %s", error)
 
-    def close(self) -> None:
-        """Goes on all the same: uvicorn, as it sets up its own loggers, closes and forgets all there are."""
-        self.flush()
+
+LINES = Lines()
 
 
 class RequestLog:
@@ -147,8 +147,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        id = given if ID.fullmatch(given) else uuid4().hex
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        id = given if ID.fullmatch(given) else token_hex(16)
         entry = Entry(id, write=partial(self._end, scope))
         others = [header for header in scope["headers"] if header[0] not in REPLACED]
         # vLLM names the request after this header, in the answer's id and in its own log and traces.
@@ -195,11 +195,8 @@ class RequestLog:
         status = entry.status or 500
         if entry.key is None and status < 400:
             return
-        if scope["path"] in self.paths:
-            self.metrics.responses.labels(scope["path"], status).inc()
-        tokens = entry.prompt_tokens + entry.completion_tokens
-        self.metrics.key_requests.labels(entry.key or "", status).inc()
-        self.metrics.key_tokens.labels(entry.key or "").inc(tokens)
+        path = scope["path"] if scope["path"] in self.paths else None
+        self.metrics.answer(path, entry.key or "", status, entry.prompt_tokens + entry.completion_tokens)
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": entry.id,
@@ -215,4 +212,4 @@ class RequestLog:
         }
         if entry.prompt is not None:
             line["prompt"] = entry.prompt
-        logger.info(line)
+        LINES.add(line)

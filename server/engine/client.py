@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cached_property
 from http import HTTPStatus
 from multiprocessing import active_children
 from pathlib import Path
@@ -246,7 +247,7 @@ class Engine:
         """Whether requests can be answered."""
         return self.up and not self.llm.errored
 
-    @property
+    @cached_property
     def most_characters(self) -> int:
         """No longer text can be a prompt, and without a tokenizer none."""
         tokenizer = self.llm.renderer.tokenizer

@@ -61,6 +61,26 @@ def key(**fields: object) -> Key:
     return Key.model_validate({"id": "k", "sha256": sha256(b"secret").hexdigest(), "role": "use", **fields})
 
 
+@pytest.mark.parametrize("given", ["first", "last", "none of them", None])
+def test_every_key_is_compared_in_constant_time_whichever_is_given(monkeypatch, given):
+    hashes = {id: sha256(id.encode()).hexdigest() for id in ("first", "second", "last")}
+    access = Access([key(id=id, sha256=digest) for id, digest in hashes.items()], max_waiting=1)
+    compared = []
+
+    def compare(one: str, other: str) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    if given in hashes:
+        assert access.who(given).key.id == given
+    else:
+        with pytest.raises(InvalidKey):
+            access.who(given)
+    asked = sha256((given or "").encode()).hexdigest()
+    assert compared == [(digest, asked) for digest in hashes.values()]
+
+
 # Routes.
 
 

@@ -16,7 +16,10 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from server.access import Caller, Key
-from server.bounds import MAX_HEADER_BYTES, SMALL_BODY_BYTES, BodyLimit
+from server.bounds import MAX_HEADER_BYTES, SMALL_BODY_BYTES, BodyLimit, check
+from server.engine.openai import CompletionRequest
+from server.errors import TooMuch
+from server.settings import Settings
 
 MAX_BODY_BYTES = 4 << 20
 ASK = {"prompt": "The Secretary shall", "max_tokens": 4}
@@ -230,6 +233,15 @@ def test_what_is_more_than_one_request_may_have_is_refused_by_name(server: Serve
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == param
         assert "are too many: this server gives at most" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("sent", [{"prompt": "a"}, {"prompt": "a", "max_tokens": None}])
+def test_what_a_client_leaves_to_the_server_is_not_too_much(tmp_path: Path, sent: dict):
+    """OpenAI's 16 tokens are more than this operator gives; that much is what the answer then has."""
+    settings = Settings(model="base", masks=tmp_path, max_completion_tokens=8)
+    check(CompletionRequest(**sent), sent, settings)
+    with pytest.raises(TooMuch, match="16 tokens of an answer are too many: this server gives at most 8"):
+        check(CompletionRequest(prompt="a", max_tokens=16), {"prompt": "a", "max_tokens": 16}, settings)
 
 
 def test_every_answer_counts_not_every_prompt(server: Server):

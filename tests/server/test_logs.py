@@ -16,7 +16,8 @@ from running import Server, sent
 from starlette.types import Message, Receive, Scope, Send
 from test_api import label, metric
 
-from server.logs import CURRENT, MOST_LINES, WRITE_S, RequestLog, Together
+from server import logs
+from server.logs import CURRENT, MOST_LINES, WRITE_S, Lines, RequestLog
 from server.metrics import Metrics
 
 ASK = {"prompt": "xylophone", "max_tokens": 4, "ignore_eos": True}
@@ -148,7 +149,7 @@ uvicorn.Config("app")
 
 async def main():
     for number in range(3):
-        logs.logger.info({"line": number})
+        logs.LINES.add({"line": number})
     assert not file.read_text()
     await asyncio.sleep(wait_s)
     print(file.read_text())
@@ -167,7 +168,9 @@ def test_lines_are_written_together_soon_or_when_the_server_ends(tmp_path: Path,
     assert printed.strip() == (written.strip() if wait_s else "")
 
 
-def test_a_log_that_cannot_be_written_for_a_while_goes_on_later_and_keeps_nothing(tmp_path: Path, capsys):
+def test_a_log_that_cannot_be_written_for_a_while_goes_on_later_and_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     """As one is whose file was rotated to where the server may not write."""
     target, fails = logging.handlers.WatchedFileHandler(tmp_path / "log"), True
     reopen = target.reopenIfNeeded
@@ -178,21 +181,27 @@ def test_a_log_that_cannot_be_written_for_a_while_goes_on_later_and_keeps_nothin
         reopen()
 
     target.reopenIfNeeded = reopen_or_fail
-    together = Together(target)
+    monkeypatch.setattr(logs.logger, "handlers", [target])
+    monkeypatch.setattr(logs.logger, "level", logging.INFO)
+    lines = Lines()
 
     async def log() -> None:
         nonlocal fails
         for number in (*range(MOST_LINES + 1), -1):
             fails = number >= 0
-            together.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": logging.INFO}))
+            lines.add({"line": number})
+            if number == MOST_LINES - 1:
+                assert not lines.waiting
             if number in (MOST_LINES, -1):
                 await asyncio.sleep(2 * WRITE_S)
-                assert not together.buffer
+                assert not lines.waiting
 
     asyncio.run(log())
     target.close()
-    assert (tmp_path / "log").read_text() == "line -1\n"
-    assert "Permission denied" in capsys.readouterr().err
+    assert (tmp_path / "log").read_text() == "{'line': -1}\n"
+    assert [record.message for record in caplog.records if record.name == "maskllm"] == [
+        "the request log cannot be written: [Errno 13] Permission denied"
+    ] * 2
 
 
 @pytest.mark.parametrize(
