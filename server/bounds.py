@@ -190,7 +190,7 @@ class BoundedHttp(HttpToolsProtocol):
 def check(
     request: "CompletionRequest | ChatCompletionRequest", sent: dict[str, Any], settings: Settings
 ) -> None:
-    """Raise TooMuch where a request, of the JSON that was sent, asks for more than the server gives to one."""
+    """Raise TooMuch where a request, of the JSON that was sent, asks for more than the server gives one."""
     # Only what it says: pydantic takes long over attributes that a model does not have.
     given = {name: value for name in request.model_fields_set if (value := getattr(request, name))}
     if sent.get("max_tokens") is None:  # vLLM's model says 16 then, and its engine keeps to the limit
