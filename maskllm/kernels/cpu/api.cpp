@@ -325,26 +325,28 @@ CLONES void write(const Batch& batch, const Panel& panel, size_t first, size_t q
     const bool int8 = batch.form(*panel.part) == LANES_INT8;
     const size_t size = batch.x_type == F32 ? 4 : 2, end = std::min((first + quads) * ROWS, batch.shape.outs);
     const float* weights = int8 ? (const float*)(batch.slots + panel.part->slot * batch.slot_stride) : nullptr;
-    for (size_t n = first * ROWS; n < end; n += OUTS, sums += 4 * width) {
-        const size_t count = std::min(OUTS, end - n);
-        Floats bias = {};
-        if (batch.bias) std::memcpy(&bias, batch.bias + n, 4 * count);
-        for (int t = 0; t < panel.rows; t++) {
+    for (int t = 0; t < panel.rows; t++) {  // one row of y after the other, each a page of its own
+        const size_t row = batch.order[panel.first + t] * batch.shape.outs;
+        const float scale = int8 ? scales[panel.first + t] : 1;
+        const float* sum = sums + ROWS * t;
+        for (size_t n = first * ROWS; n < end; n += OUTS, sum += 4 * width) {
             auto pair = [&](size_t quad) {
-                const float* sum = sums + quad * width + ROWS * t;
-                return __builtin_shufflevector(load<Quad>(sum), load<Quad>(sum + width), 0, 1, 2, 3, 4, 5, 6, 7);
+                return __builtin_shufflevector(load<Quad>(sum + quad * width), load<Quad>(sum + (quad + 1) * width), 0, 1, 2, 3, 4, 5, 6, 7);
             };
             Floats value = __builtin_shufflevector(pair(0), pair(2), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            if (int8) value = __builtin_convertvector((Ints)value, Floats) * (load<Floats>(weights + n) * scales[panel.first + t]);
-            value += bias;
-            uint8_t* out = (uint8_t*)batch.y + (batch.order[panel.first + t] * batch.shape.outs + n) * size;
+            if (int8) value = __builtin_convertvector((Ints)value, Floats) * (load<Floats>(weights + n) * scale);
+            uint8_t* out = (uint8_t*)batch.y + (row + n) * size;
+            const size_t count = std::min(OUTS, end - n);
+            if (batch.bias) {
+                Floats bias = {};
+                count < OUTS ? std::memcpy(&bias, batch.bias + n, 4 * count) : std::memcpy(&bias, batch.bias + n, sizeof bias);
+                value += bias;
+            }
             if (size == 2) {
                 const Halves halves = to_bf16(value);
                 count < OUTS ? std::memcpy(out, &halves, 2 * count) : std::memcpy(out, &halves, sizeof halves);
-            } else if (count < OUTS)
-                std::memcpy(out, &value, 4 * count);
-            else
-                std::memcpy(out, &value, sizeof value);
+            } else
+                count < OUTS ? std::memcpy(out, &value, 4 * count) : std::memcpy(out, &value, sizeof value);
         }
     }
 }
@@ -353,18 +355,25 @@ CLONES void write(const Batch& batch, const Panel& panel, size_t first, size_t q
 // weights are dense at those of one quad, so that both stay in the first. A single panel takes all quads at once: one
 // stream, or STREAMS.
 constexpr size_t QUADS_TOGETHER = 64, PANELS_TOGETHER = 8;
+// Where an instruction set can, FEWEST_DECODED panels or more take their turns at weights that are decoded once for all, some
+// quads at a time.
+constexpr size_t QUADS_DECODED = 8, PANELS_DECODED = 16, FEWEST_DECODED = 4;
 
 void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first_quad, size_t last_quad, const float* scales) {
     static thread_local std::vector<float> sums;
+    alignas(64) uint8_t decoded[QUADS_DECODED * CHUNK * DECODED_BYTES];
     const Shape& s = batch.shape;
     for (size_t begin = 0, end; begin < panels.size(); begin = end) {
         const Part* part = panels[begin].part;
-        for (end = begin; end < panels.size() && end - begin < PANELS_TOGETHER && panels[end].part == part;) end++;
+        const bool can_decode = kernels->decode_f32 && batch.form(*part) == LANES_F32;
+        const size_t most = can_decode ? PANELS_DECODED : PANELS_TOGETHER;
+        for (end = begin; end < panels.size() && end - begin < most && panels[end].part == part;) end++;
         // The dense weight has no chunks: the fewer inputs there are, the longer the rows that are read at once. Masks
         // of full chunks are apart by one stride, a last one that is not full stands alone.
         const bool alone = end - begin == 1;
         const size_t step = part->slot < 0 && alone ? 4 * CHUNK * (4 / panels[begin].inputs) : chunk(batch.slot_type);
         const size_t full = part->slot == FUSED ? s.blocks / CHUNK * CHUNK : s.blocks;
+        const bool decodes = can_decode && end - begin >= FEWEST_DECODED;
         const size_t together = !alone ? QUADS_TOGETHER : part->slot < 0 ? 1 : last_quad - first_quad;
         const size_t width = ROWS * panels[begin].inputs;
         const bool streams = alone && width == ROWS && kernels->sparse_f32_apart && batch.form(*part) == LANES_F32;
@@ -384,7 +393,20 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
                     for (size_t q = 0; q < apart; q++)
                         multiply(batch, panels[begin], quad + q, block, blocks, of(begin, q), apart);
                     for (size_t q = apart * STREAMS; q < quads; q++) take(begin, q);
-                } else
+                } else if (decodes)
+                    for (size_t first = 0; first < quads; first += QUADS_DECODED) {
+                        const size_t last = std::min(first + QUADS_DECODED, quads);
+                        auto at = [&](size_t q) { return decoded + (q - first) * CHUNK * DECODED_BYTES; };
+                        for (size_t q = first; q < last; q++)
+                            kernels->decode_f32(batch.masks(part->slot, quad + q, block), batch.values(part->slot, quad + q, block),
+                                                blocks, at(q));
+                        for (size_t p = begin; p < end; p++) {
+                            const auto inputs = (const float*)panels[p].data + block * COLUMNS * panels[p].inputs;
+                            for (size_t q = first; q < last; q++)
+                                kernels->sparse_f32_decoded(at(q), blocks, inputs, panels[p].inputs, of(p, q));
+                        }
+                    }
+                else
                     for (size_t p = begin; p < end; p++)
                         for (size_t q = 0; q < quads; q++) take(p, q);
             }

@@ -283,14 +283,32 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* avx512() {
-    static const Kernels kernels = {"avx512", Avx512::TILE,      sparse_f32<Avx512>, nullptr,   nullptr, int8<Avx512>,
-                                    true,     dense_f32<Avx512>, nullptr,            fill_bf16, fill_int8};
+    static const Kernels kernels = {
+        .name = "avx512",
+        .tile = Avx512::TILE,
+        .sparse_f32 = sparse_f32<Avx512>,
+        .int8 = int8<Avx512>,
+        .int8_is_unsigned = Avx512::UNSIGNED,
+        .dense_f32 = dense_f32<Avx512>,
+        .fill_bf16 = fill_bf16,
+        .fill_int8 = fill_int8,
+    };
     return &kernels;
 }
 
 const Kernels* avx512_bf16() {
-    static const Kernels kernels = {"avx512-bf16", Avx512::TILE,      sparse_f32<Avx512>, nullptr,   sparse_bf16, int8<Avx512>,
-                                    true,          dense_f32<Avx512>, dense_bf16,         fill_bf16, fill_int8};
+    static const Kernels kernels = {
+        .name = "avx512-bf16",
+        .tile = Avx512::TILE,
+        .sparse_f32 = sparse_f32<Avx512>,
+        .sparse_bf16 = sparse_bf16,
+        .int8 = int8<Avx512>,
+        .int8_is_unsigned = Avx512::UNSIGNED,
+        .dense_f32 = dense_f32<Avx512>,
+        .dense_bf16 = dense_bf16,
+        .fill_bf16 = fill_bf16,
+        .fill_int8 = fill_int8,
+    };
     return &kernels;
 }
 

@@ -31,6 +31,7 @@ enum Type : int { F32 = 0, BF16 = 1, INT8 = 2, INT8_DENSE = 3 };  // cpu.py's TY
 
 constexpr size_t ROWS = 4, COLUMNS = 128, CHUNK = 4, MASK_BYTES = 64;
 constexpr size_t BF16_BYTES = 512, INT8_BYTES = 256, INT8_DENSE_BYTES = 512;  // the values of a block
+constexpr size_t DECODED_BYTES = 2048;  // the values of a block as fp32, and where the inputs of each are
 constexpr int STREAMS = 4;  // that a core reads at once: 1.3x of what it reads in one (Zen 3)
 constexpr size_t PREFETCH = 2304;  // bytes ahead: worth 1.3x out of cache
 
@@ -61,6 +62,9 @@ struct Kernels {
     void (*sparse_f32)(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, int inputs, float* out);
     // The same for one input and STREAMS quads, so many `apart`, as sums are; null where memory is read no faster so.
     void (*sparse_f32_apart)(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* input, float* out, size_t apart);
+    // Blocks to DECODED_BYTES each, and `sparse_f32` of these; null where that is no faster for many inputs.
+    void (*decode_f32)(const uint8_t* masks, const uint8_t* values, size_t blocks, uint8_t* decoded);
+    void (*sparse_f32_decoded)(const uint8_t* decoded, size_t blocks, const float* panel, int inputs, float* out);
     void (*sparse_bf16)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint16_t* panel, int inputs, float* out);
     // Sums of products of integers, of all columns where `masks` is null. Inputs are signed, or unsigned with zero at 128.
     void (*int8)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out);

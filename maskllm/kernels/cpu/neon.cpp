@@ -63,8 +63,16 @@ struct Neon {
 }  // namespace
 
 const Kernels* neon() {
-    static const Kernels kernels = {"neon", Neon::TILE,      sparse_f32<Neon>, nullptr,               nullptr, int8<Neon>,
-                                    false,  dense_f32<Neon>, nullptr,          portable()->fill_bf16, portable()->fill_int8};
+    static const Kernels kernels = {
+        .name = "neon",
+        .tile = Neon::TILE,
+        .sparse_f32 = sparse_f32<Neon>,
+        .int8 = int8<Neon>,
+        .int8_is_unsigned = Neon::UNSIGNED,
+        .dense_f32 = dense_f32<Neon>,
+        .fill_bf16 = portable()->fill_bf16,
+        .fill_int8 = portable()->fill_int8,
+    };
     return &kernels;
 }
 

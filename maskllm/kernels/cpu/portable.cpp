@@ -90,8 +90,16 @@ void fill_int8(const uint16_t* weight, size_t weight_stride, const float* invers
 }  // namespace
 
 const Kernels* portable() {
-    static const Kernels kernels = {"portable", 8,         sparse_f32, nullptr,   nullptr, int8,
-                                    false,      dense_f32, nullptr,    fill_bf16, fill_int8};
+    static const Kernels kernels = {
+        .name = "portable",
+        .tile = 8,
+        .sparse_f32 = sparse_f32,
+        .int8 = int8,
+        .int8_is_unsigned = false,
+        .dense_f32 = dense_f32,
+        .fill_bf16 = fill_bf16,
+        .fill_int8 = fill_int8,
+    };
     return &kernels;
 }
 

@@ -202,7 +202,7 @@ def test_any_shape_and_dtype_of_a_decoder_is_right(kernels, dtype, shape, rows):
     torch.testing.assert_close(out.double(), expected, rtol=tolerance / 4, atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 15, 64, 200, 4096])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 15, 33, 34, 35, 64, 200, 4096])
 def test_any_number_of_rows_is_right_under_one_mask(kernels, rows):  # noqa: ARG001
     torch.manual_seed(rows)
     weight = torch.randn(20, 1160).bfloat16()
@@ -672,7 +672,7 @@ def test_arm_kernels_agree_with_the_portable_ones(tmp_path):
         pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user-static, which are not all here")
     sources = [str(CPU / f"{name}.cpp") for name in ("neon", "portable")]
     program = tmp_path / "compare"
-    command = [compiler, "-std=c++17", "-O2", "-static", f"-I{CPU}", str(HERE / "compare.cpp"), *sources]
+    command = [compiler, "-std=c++20", "-O2", "-static", f"-I{CPU}", str(HERE / "compare.cpp"), *sources]
     subprocess.run([*command, "-o", str(program)], check=True)
     assert (
         subprocess.run([emulator, str(program)], capture_output=True, check=True).stdout == b"neon agrees\n"
