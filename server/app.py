@@ -94,13 +94,12 @@ async def create_app(
             metrics.errors.labels(name, status).inc()
 
         entry.count_error = count
+        sent = await raw_request.json()  # as it came: of content in parts the model has iterators
         if settings.log_prompts:
-            # As it came: of content in parts the model has iterators.
-            sent = await raw_request.json()
             entry.prompt = sent.get("messages" if isinstance(request, ChatCompletionRequest) else "prompt")
         try:
             await check(request, raw_request)
-            bounds.check(request, await raw_request.json(), settings)
+            bounds.check(request, sent, settings)
             ways = {
                 "query": _only("query", raw_request.query_params.getlist("mask")),
                 "body": request.mask,

@@ -193,7 +193,7 @@ def check(
     """Raise TooMuch where a request, of the JSON that was sent, asks for more than the server gives one."""
     # Only what it says: pydantic takes long over attributes that a model does not have.
     given = {name: value for name in request.model_fields_set if (value := getattr(request, name))}
-    if sent.get("max_tokens") is None:  # vLLM's model says 16 then, and its engine keeps to the limit
+    if sent.get("max_tokens") is None:  # vLLM's model says 16 then, and its handler keeps to the limit
         given.pop("max_tokens", None)
     prompt = given.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1

@@ -25,7 +25,7 @@ from server.metrics import Finished, Metrics
 
 logger = logging.getLogger("maskllm.requests")
 
-ID = re.compile(r"[\x21-\x7e]{1,128}")
+ID = re.compile(rb"[\x21-\x7e]{1,128}")
 WRITE_S = 0.1
 """How long a line may wait for others. Requests of one batch end together, and the next ones come first."""
 MOST_LINES = 1000
@@ -117,11 +117,14 @@ class Lines:
     def write(self) -> None:
         """Write all, and keep none: what a rotated file that cannot be opened again does not take is lost."""
         lines, self.waiting = self.waiting, []
-        try:
-            for line in lines:
+        lost: list[OSError] = []
+        for line in lines:
+            try:
                 logger.info(line)
-        except OSError as error:
-            logging.getLogger("maskllm").error("the request log cannot be written: %s", error)
+            except OSError as error:
+                lost.append(error)
+        if lost:
+            logging.getLogger("maskllm").error("%d lines of the request log are lost: %s", len(lost), lost[0])
 
 
 LINES = Lines()
@@ -147,8 +150,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        id = given if ID.fullmatch(given) else token_hex(16)
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        id = given.decode() if ID.fullmatch(given) else token_hex(16)
         entry = Entry(id, write=partial(self._end, scope))
         others = [header for header in scope["headers"] if header[0] not in REPLACED]
         # vLLM names the request after this header, in the answer's id and in its own log and traces.

@@ -44,8 +44,6 @@ KNOWN_MISSES = {
     "end-to-end: batch 16 | bf16 slots, times": 1.3,
     # One mask's step is what became faster, by the head.
     "end-to-end: batch 16, 8 masks | int8 slots and head, times": 0.45,
-    # Without AVX-512 512 rows multiply no faster than vLLM's float32, which it has packed beforehand.
-    "end-to-end-fp32: first token of 512 | bf16 slots, times": 0.9,
     # 0.2 ms of the API's processor a request, which counts for more the faster the engine is: 0.98 of 2,240
     # tokens/s, 0.95 (0.93 to 0.97) of 3,060.
     "overhead: tokens/s, 16 at a time | ours / bare": 0.93,

@@ -440,6 +440,8 @@ class Engine:
         self.adapters = self.app.state.openai_serving_models.lora_requests
         for serving in (self.app.state.openai_serving_completion, self.app.state.openai_serving_chat):
             serving.create_streaming_error_response = streamed_error
+            # A mask named "text" or "image" would answer chats of the dense base that have such parts.
+            serving._get_active_default_mm_loras = lambda _: None
 
     def _start(self) -> MaskedLLM:
         config = configuration(self.args)

@@ -122,7 +122,7 @@ def streamed_error(
 
 
 async def answer(request: CompletionRequest | ChatCompletionRequest, raw_request: Request) -> Response:
-    """Run a request, whose `model` is by now the base's name or a loaded mask's key."""
+    """Run a request, whose `model` is by now a loaded mask's key, or None for the base."""
     handler = create_completion if isinstance(request, CompletionRequest) else create_chat_completion
     response: Response = await handler(request, raw_request)
     return response

@@ -79,6 +79,20 @@ def test_a_mask_can_be_pinned_to_its_content(http):
     assert label("legal") in stale.json()["error"]["message"]
 
 
+def test_a_mask_that_is_called_as_a_kind_of_content_answers_only_who_names_it(http):
+    parts = [{"type": "text", "text": "What causes Glaucoma ?"}]
+    chat = {"messages": [{"role": "user", "content": parts}], "max_tokens": 12, "temperature": 0}
+    dense = http.post("/v1/chat/completions", json=chat).json()["choices"]
+    assert http.put("/v1/masks/text", json={"file": "stories.safetensors"}).status_code == 201
+    try:
+        assert http.post("/v1/chat/completions", json={**chat, "mask": "text"}).json()["choices"] != dense
+        unnamed = http.post("/v1/chat/completions", json=chat)
+        assert (unnamed.headers["X-Mask"], unnamed.json()["model"]) == ("none", "base")
+        assert unnamed.json()["choices"] == dense
+    finally:
+        assert http.delete("/v1/masks/text").status_code == 204
+
+
 def test_an_unknown_mask_is_a_404_that_names_the_known_ones(http):
     answer = http.post("/v1/completions", params={"mask": "nope"}, json=ASK)
     assert answer.status_code == 404

@@ -237,7 +237,7 @@ def test_what_is_more_than_one_request_may_have_is_refused_by_name(server: Serve
 
 @pytest.mark.parametrize("sent", [{"prompt": "a"}, {"prompt": "a", "max_tokens": None}])
 def test_what_a_client_leaves_to_the_server_is_not_too_much(tmp_path: Path, sent: dict):
-    """OpenAI's 16 tokens are more than this operator gives; that much is what the answer then has."""
+    """OpenAI's 16 tokens are more than this operator gives."""
     settings = Settings(model="base", masks=tmp_path, max_completion_tokens=8)
     check(CompletionRequest(**sent), sent, settings)
     with pytest.raises(TooMuch, match="16 tokens of an answer are too many: this server gives at most 8"):

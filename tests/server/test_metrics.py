@@ -8,7 +8,7 @@ from running import Server
 from test_api import ASK, metric
 
 from server.engine.openai import EngineDeadError, status_of
-from server.metrics import Metrics
+from server.metrics import Finished, Metrics
 
 
 @pytest.fixture
@@ -45,6 +45,17 @@ def test_what_the_engine_holds_adds_up_by_part():
     parts = {"base": 1000, "slots": 120, "packed": 5, "kv": 7}
     for part, size in parts.items():
         assert metrics.registry.get_sample_value("maskllm_engine_memory_bytes", {"part": part}) == size
+
+
+def test_a_mask_that_was_forgotten_and_comes_again_is_counted_from_0():
+    metrics = Metrics(CollectorRegistry())
+    for _ in range(2):
+        metrics.finish(Finished("legal", "stop", prompt_tokens=3, generation_tokens=4, e2e_s=1.0))
+        labels = {"mask": "legal", "reason": "stop"}
+        assert metrics.registry.get_sample_value("maskllm_requests_total", labels) == 1
+        assert metrics.registry.get_sample_value("maskllm_generation_tokens_total", {"mask": "legal"}) == 4
+        metrics.forget("legal")
+        assert metrics.registry.get_sample_value("maskllm_requests_total", labels) is None
 
 
 def test_swaps_are_counted_by_mask_from_0_on_and_forgotten_with_it(http: httpx.Client):

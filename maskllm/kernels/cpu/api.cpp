@@ -325,13 +325,14 @@ CLONES void write(const Batch& batch, const Panel& panel, size_t first, size_t q
     const bool int8 = batch.form(*panel.part) == LANES_INT8;
     const size_t size = batch.x_type == F32 ? 4 : 2, end = std::min((first + quads) * ROWS, batch.shape.outs);
     const float* weights = int8 ? (const float*)(batch.slots + panel.part->slot * batch.slot_stride) : nullptr;
-    for (int t = 0; t < panel.rows; t++) {  // one row of y after the other, each a page of its own
+    for (int t = 0; t < panel.rows; t++) {  // one row of y after the other, as rows lie pages apart
         const size_t row = batch.order[panel.first + t] * batch.shape.outs;
         const float scale = int8 ? scales[panel.first + t] : 1;
         const float* sum = sums + ROWS * t;
         for (size_t n = first * ROWS; n < end; n += OUTS, sum += 4 * width) {
             auto pair = [&](size_t quad) {
-                return __builtin_shufflevector(load<Quad>(sum + quad * width), load<Quad>(sum + (quad + 1) * width), 0, 1, 2, 3, 4, 5, 6, 7);
+                const float* at = sum + quad * width;
+                return __builtin_shufflevector(load<Quad>(at), load<Quad>(at + width), 0, 1, 2, 3, 4, 5, 6, 7);
             };
             Floats value = __builtin_shufflevector(pair(0), pair(2), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
             if (int8) value = __builtin_convertvector((Ints)value, Floats) * (load<Floats>(weights + n) * scale);
@@ -355,8 +356,8 @@ CLONES void write(const Batch& batch, const Panel& panel, size_t first, size_t q
 // weights are dense at those of one quad, so that both stay in the first. A single panel takes all quads at once: one
 // stream, or STREAMS.
 constexpr size_t QUADS_TOGETHER = 64, PANELS_TOGETHER = 8;
-// Where an instruction set can, FEWEST_DECODED panels or more take their turns at weights that are decoded once for all, some
-// quads at a time.
+// Where an instruction set can, up to PANELS_DECODED panels take their turns at weights that are decoded once for them: some
+// quads at a time, as with the panels these are to stay in the second cache, and not for few panels, which do not gain by it.
 constexpr size_t QUADS_DECODED = 8, PANELS_DECODED = 16, FEWEST_DECODED = 4;
 
 void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first_quad, size_t last_quad, const float* scales) {
@@ -403,7 +404,7 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
                         for (size_t p = begin; p < end; p++) {
                             const auto inputs = (const float*)panels[p].data + block * COLUMNS * panels[p].inputs;
                             for (size_t q = first; q < last; q++)
-                                kernels->sparse_f32_decoded(at(q), blocks, inputs, panels[p].inputs, of(p, q));
+                                kernels->sparse_f32_decoded(nullptr, at(q), blocks, inputs, panels[p].inputs, of(p, q));
                         }
                     }
                 else

@@ -62,9 +62,9 @@ struct Kernels {
     void (*sparse_f32)(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, int inputs, float* out);
     // The same for one input and STREAMS quads, so many `apart`, as sums are; null where memory is read no faster so.
     void (*sparse_f32_apart)(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* input, float* out, size_t apart);
-    // Blocks to DECODED_BYTES each, and `sparse_f32` of these; null where that is no faster for many inputs.
+    // For many inputs: blocks to DECODED_BYTES each, and `sparse_f32` of these as `values`; null where there is none.
     void (*decode_f32)(const uint8_t* masks, const uint8_t* values, size_t blocks, uint8_t* decoded);
-    void (*sparse_f32_decoded)(const uint8_t* decoded, size_t blocks, const float* panel, int inputs, float* out);
+    void (*sparse_f32_decoded)(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, int inputs, float* out);
     void (*sparse_bf16)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint16_t* panel, int inputs, float* out);
     // Sums of products of integers, of all columns where `masks` is null. Inputs are signed, or unsigned with zero at 128.
     void (*int8)(const uint8_t* masks, const uint8_t* values, size_t blocks, const uint8_t* panel, int inputs, int32_t* out);

@@ -31,7 +31,7 @@ inline void add_rows(const Sum (&sums)[T], Out* out) {
         for (int t = 0; t < T; t++) V::add_rows(sums[t], out + 4 * t);
 }
 
-// What a product needs of a vector's two kept columns: their weights, and where their inputs are.
+// A vector of a block as products use it: two kept columns' weights, and where their inputs are.
 template <class V>
 struct Decoded {
     typename V::F first, second;
@@ -39,24 +39,21 @@ struct Decoded {
 };
 
 template <class V>
-inline Decoded<V> decode(const uint8_t* masks, const uint8_t* values, int j, int p) {
-    const auto pairs = V::load(values + 64 * j + 4 * V::WIDTH * p);
-    return {V::low_bf16(pairs), V::high_bf16(pairs), V::select(V::load(masks + 4 * V::WIDTH * p), 4 * j)};
-}
-
-template <class V>
 void decode_f32(const uint8_t* masks, const uint8_t* values, size_t blocks, uint8_t* out) {
-    for (auto* decoded = (Decoded<V>*)out; blocks > 0; blocks--, masks += MASK_BYTES, values += BF16_BYTES)
+    static_assert(DECODED_BYTES == 8 * 16 / V::WIDTH * sizeof(Decoded<V>));
+    auto* decoded = (Decoded<V>*)out;
+    for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES)
         for (int p = 0; p < 16 / V::WIDTH; p++)
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) {
-                const auto kept = decode<V>(masks, values, j, p);
-                *decoded++ = {kept.first, kept.second, V::by_bytes(kept.where)};
+                const auto pairs = V::load(values + 64 * j + 4 * V::WIDTH * p);
+                const auto where = V::by_bytes(V::select(V::load(masks + 4 * V::WIDTH * p), 4 * j));
+                *decoded++ = {V::low_bf16(pairs), V::high_bf16(pairs), where};
             }
 }
 
-// Q quads, so many `apart`, with T inputs of fp32; where DECODED one, as `decode_f32` wrote its values. Few inputs of one quad use two sums each, as a chain of additions would
-// wait on itself.
+// Q quads, so many `apart`, with T inputs of fp32; where DECODED one, of what `decode_f32` wrote. Few inputs of one quad use
+// two sums each, as a chain of additions would wait on itself.
 template <class V, int T, int Q = 1, bool DECODED = false>
 inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, float* out,
                             size_t apart = 0) {
@@ -76,7 +73,7 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
         else
             return V::permute(inputs, where);
     };
-    for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
+    for (size_t b = 0; b < blocks; b++, masks += DECODED ? 0 : MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
         if (Q == 1 && !DECODED) prefetch(masks, values, BF16_BYTES);
 #pragma GCC unroll 4
         for (int p = 0; p < PARTS; p++)
@@ -85,18 +82,24 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
                 const int j = Q > 1 ? i % 4 * 2 + i / 4 : i;  // low nibbles of all quads first, or too many wait
 #pragma GCC unroll 4
                 for (int q = 0; q < Q; q++) {
-                    Decoded<V> kept;
-                    if constexpr (DECODED)  // by its members: gcc copies a whole by way of the stack
-                        kept = {decoded->first, decoded->second, {decoded->where.first, decoded->where.second}}, decoded++;
-                    else
-                        kept = decode<V>(masks + q * step * MASK_BYTES, values + q * step * BF16_BYTES, j, p);
+                    typename V::F first, second;
+                    typename V::Where where;
+                    if constexpr (DECODED) {
+                        first = decoded->first, second = decoded->second;
+                        where = {decoded->where.first, decoded->where.second};  // gcc copies a whole by way of the stack
+                        decoded++;
+                    } else {
+                        const auto pairs = V::load(values + q * step * BF16_BYTES + 64 * j + 4 * W * p);
+                        first = V::low_bf16(pairs), second = V::high_bf16(pairs);
+                        where = V::select(V::load(masks + q * step * MASK_BYTES + 4 * W * p), 4 * j);
+                    }
 #pragma GCC unroll 16
                     for (int t = 0; t < T; t++) {
                         auto inputs = V::load_f32(panel + 16 * (j * T + t) + W * p);
                         HOLD(inputs);
                         auto &one = sum[0][q][t], &other = sum[SUMS - 1][q][t];
-                        one = V::fma(kept.first, permute(inputs, kept.where.first), one);
-                        other = V::fma(kept.second, permute(inputs, kept.where.second), other);
+                        one = V::fma(first, permute(inputs, where.first), one);
+                        other = V::fma(second, permute(inputs, where.second), other);
                     }
                 }
             }
@@ -109,24 +112,14 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
     }
 }
 
-template <class V>
+template <class V, bool DECODED = false>
 void sparse_f32(const uint8_t* masks, const uint8_t* values, size_t blocks, const float* panel, int inputs, float* out) {
     switch (inputs) {
-        case 1: return sparse_f32_tile<V, 1>(masks, values, blocks, panel, out);
-        case 2: return sparse_f32_tile<V, 2>(masks, values, blocks, panel, out);
-        case 4: return sparse_f32_tile<V, 4>(masks, values, blocks, panel, out);
-        case 8: return sparse_f32_tile<V, V::TILE < 8 ? V::TILE : 8>(masks, values, blocks, panel, out);
-        default: return sparse_f32_tile<V, V::TILE>(masks, values, blocks, panel, out);
-    }
-}
-
-template <class V>
-void sparse_f32_decoded(const uint8_t* decoded, size_t blocks, const float* panel, int inputs, float* out) {
-    switch (inputs) {
-        case 1: return sparse_f32_tile<V, 1, 1, true>(nullptr, decoded, blocks, panel, out);
-        case 2: return sparse_f32_tile<V, 2, 1, true>(nullptr, decoded, blocks, panel, out);
-        case 4: return sparse_f32_tile<V, 4, 1, true>(nullptr, decoded, blocks, panel, out);
-        default: return sparse_f32_tile<V, V::TILE, 1, true>(nullptr, decoded, blocks, panel, out);
+        case 1: return sparse_f32_tile<V, 1, 1, DECODED>(masks, values, blocks, panel, out);
+        case 2: return sparse_f32_tile<V, 2, 1, DECODED>(masks, values, blocks, panel, out);
+        case 4: return sparse_f32_tile<V, 4, 1, DECODED>(masks, values, blocks, panel, out);
+        case 8: return sparse_f32_tile<V, V::TILE < 8 ? V::TILE : 8, 1, DECODED>(masks, values, blocks, panel, out);
+        default: return sparse_f32_tile<V, V::TILE, 1, DECODED>(masks, values, blocks, panel, out);
     }
 }
 

@@ -202,7 +202,7 @@ def test_any_shape_and_dtype_of_a_decoder_is_right(kernels, dtype, shape, rows):
     torch.testing.assert_close(out.double(), expected, rtol=tolerance / 4, atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 15, 33, 34, 35, 64, 200, 4096])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 15, 33, 34, 35, 64, 129, 200, 4096])
 def test_any_number_of_rows_is_right_under_one_mask(kernels, rows):  # noqa: ARG001
     torch.manual_seed(rows)
     weight = torch.randn(20, 1160).bfloat16()
