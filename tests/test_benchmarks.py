@@ -44,9 +44,6 @@ KNOWN_MISSES = {
     "end-to-end: batch 16 | bf16 slots, times": 1.3,
     # One mask's step is what became faster, by the head.
     "end-to-end: batch 16, 8 masks | int8 slots and head, times": 0.45,
-    # 0.2 ms of the API's processor a request, which counts for more the faster the engine is: 0.98 of 2,240
-    # tokens/s, 0.95 (0.93 to 0.97) of 3,060.
-    "overhead: tokens/s, 16 at a time | ours / bare": 0.93,
     # Reads of 128 bytes a row reach 2 of the 4.2 TB/s, whatever is computed with them.
     "gpu-nvidia-h200: decode, batch 16 | layer, x": 1.15,
     # The GPU needs 6.5 ms for the swap and 1.4 times less for prefill; Python and the library's calls do not.
