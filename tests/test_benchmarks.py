@@ -29,15 +29,17 @@ KNOWN_MISSES = {
     "kernels: 768 x 768, swap bf16 | time / memcpy": 1.5,
     "kernels: 768 x 768, swap int8 | time / memcpy": 1.45,
     # Small layers are calls from Python, and at 512 rows permuting.
-    "kernels-avx2: 768 x 768, 1 | x torch": 1.2,
+    "kernels-avx2: 768 x 768, 1 | x torch": 1.0,
+    "kernels-avx2: 768 x 768, 1 | x own dense": 1.35,
+    # Its processors are shared, and torch's time changes by a quarter beside ours: 2.07 to 2.59 in four runs.
+    "kernels-avx2: 4096 x 4096, 1 | x torch": 2.0,
+    "kernels-avx2: 4096 x 11008, 1 | x torch": 2.0,
     "kernels-avx2: 768 x 768, 4 | x torch": 2.4,
     "kernels-avx2: 768 x 768, 512 | x torch": 0.8,
     "kernels-avx2: 4096 x 4096, 1 | x torch int8": 1.4,
     "kernels-avx2: 11008 x 4096, 1 | x torch int8": 1.4,
     "kernels-avx2: 4096 x 11008, 1 | x torch int8": 1.4,
     "kernels-avx2: 768 x 768, 1 | x torch int8": 1.3,
-    "kernels-avx2: 768 x 768, swap bf16 | time / memcpy": 1.5,
-    "kernels-avx2: 768 x 768, swap int8 | time / memcpy": 1.5,
     # Of our steps 6 to 9 ms are the head, attention and Python, which do not shrink with the weights.
     "end-to-end: batch 1 | bf16 slots, times": 1.7,
     "end-to-end: batch 4 | bf16 slots, times": 1.45,
