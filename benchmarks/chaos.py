@@ -162,6 +162,29 @@ def engine_dies(folder: Path, scale: Scale) -> str:  # noqa: ARG001
         return f"8 requests failed with 503 in {failed_s:.2f} s, the same masks are back after {back_s:.0f} s"
 
 
+def engine_hangs(folder: Path, scale: Scale) -> str:  # noqa: ARG001
+    """The engine's process stands still under requests."""
+    patience = ("env", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS=5")
+    with (
+        demo(folder, before=patience) as server,
+        server.client() as api,
+        ThreadPoolExecutor(32) as pool,
+    ):
+        expected, flying = choices(api), flights(server, pool, 8)
+        server.engine.suspend()
+        stopped = time.monotonic()
+        answers = [flight.result(30) for flight in flying]
+        failed_s = time.monotonic() - stopped
+        must(failed_s < 12, f"requests in flight hung for {failed_s:.1f} s")
+        must({a.status_code for a in answers} == {503}, f"answers: {[a.status_code for a in answers]}")
+        must(api.get("/health").status_code == 503, "/health is green without an engine")
+        back_s = wait_for_an_engine(api, stopped)
+        must(choices(api) == expected, "the new engine answers otherwise")
+        return (
+            f"8 requests failed with 503 after {failed_s:.0f} s, another engine answers after {back_s:.0f} s"
+        )
+
+
 def told_to_stop(folder: Path, scale: Scale) -> str:  # noqa: ARG001
     """SIGTERM under load."""
     with demo(folder) as server, ThreadPoolExecutor(32) as pool:
@@ -606,6 +629,7 @@ def fuzzed_uploads(folder: Path, scale: Scale) -> str:
 
 FAULTS: dict[str, Callable[[Path, Scale], str]] = {
     "engine": engine_dies,
+    "hang": engine_hangs,
     "sigterm": told_to_stop,
     "files": files_break,
     "disk": disk_full,

@@ -330,7 +330,8 @@ async def ours(contender: Contender, folder: Path) -> AsyncIterator[tuple[Any, l
     metrics = Metrics()
     with start(settings, folder / "base", metrics) as (engine, _):
         base = read_base(folder / "base")
-        masks = Masks(settings.masks, settings.name, base, engine, MASKS, MASKS, metrics)
+        each = engine.capacity.packed
+        masks = Masks(settings.masks, settings.name, base, engine, MASKS, MASKS, each, metrics)
         masks.scan()
         for mask in masks.known.values():
             assert await masks.ready(mask)

@@ -38,8 +38,8 @@ async def run(settings: Settings) -> None:
     both = settings.host == "::" and socket.has_dualstack_ipv6()  # as vLLM's own port is
     aside = socket.create_server(door, family=family, dualstack_ipv6=both) if settings.metrics_port else None
     with aside or nullcontext(), start(settings, folder, metrics) as (engine, sock):
-        limit = settings.packed or engine.capacity.most_packed(settings.slots)
-        masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit, metrics)
+        limit, each = settings.packed or engine.capacity.most_packed(settings.slots), engine.capacity.packed
+        masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit, each, metrics)
         masks.scan()
         packed = min(limit, len(masks.known))
         logger.info("memory: %s", memory(engine.capacity, engine.gpu, settings.slots, packed))

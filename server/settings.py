@@ -51,7 +51,8 @@ class Settings(
     """How many masks can be resident, and so be used in one batch, at a time."""
 
     packed: PositiveInt | None = None
-    """How many masks host memory may hold, least recently used out (default: as many as fit)."""
+    """How many 2:4 masks host memory may hold, or as many bytes of others, least recently used out (default:
+    as many as fit)."""
 
     grace_s: PositiveInt = 30
     """Seconds that requests in flight get to finish when the server is told to stop."""

@@ -21,6 +21,8 @@ SCHEMES = ("hf", "https", "http", "s3", "gs", "abfs")
 CHUNK = 1 << 20
 PATIENCE = ClientTimeout(sock_connect=10, sock_read=30)
 """Seconds for a web server to take a connection, and between two reads; a large file may take longer."""
+MOST_S = 3600
+"""For a whole file, wherever it comes from."""
 
 
 @contextmanager
@@ -65,15 +67,18 @@ class Landing:
         if not colon or scheme not in SCHEMES or "::" in url:
             raise UnreachableSource(f"url {url!r} must start with {', '.join(f'{s}://' for s in SCHEMES)}")
         try:
-            if scheme in ("http", "https"):
-                async with request("GET", url, timeout=PATIENCE, raise_for_status=True) as answer:
-                    await self.receive(answer.content.iter_chunked(CHUNK))
-            else:
-                await apart(lambda: self._copy(url))
+            async with asyncio.timeout(MOST_S) as whole:
+                if scheme in ("http", "https"):
+                    async with request("GET", url, timeout=PATIENCE, raise_for_status=True) as answer:
+                        await self.receive(answer.content.iter_chunked(CHUNK))
+                else:
+                    await apart(lambda: self._copy(url))
         except (TooLarge, UnwritableFolder):
             raise
         except Exception as error:  # each protocol's library has errors of its own
-            raise UnreachableSource(f"{url} cannot be read: {type(error).__name__}: {error}") from None
+            late = f"it had not come after {MOST_S} s"
+            why = late if whole.expired() else f"{type(error).__name__}: {error}"
+            raise UnreachableSource(f"{url} cannot be read: {why}") from None
         if self._sha.hexdigest() != sha256.lower():
             raise RefusedMask(f"{url} has sha256 {self._sha.hexdigest()}, not {sha256}")
 

@@ -72,6 +72,8 @@ T = TypeVar("T")
 
 DRAIN_POLL_S = 0.02
 WATCH_S = 0.2
+ASK_S = 5.0
+"""Between two questions whether the engine is there."""
 STATS_S = 0.1
 LOAD_POLL_S = 0.01
 TLS = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers")
@@ -390,7 +392,7 @@ class Engine:
             logger.info("routes: %s", ", ".join(_routes(app)))
         for signal in (SIGINT, SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signal, close)
-        watching = asyncio.create_task(self._watch(masks))
+        watching = asyncio.gather(self._watch(masks), self._ask_after())
         watching.add_done_callback(close)
         await asyncio.gather(
             *(server.serve([sock]) for server, (_, sock) in zip(servers, doors, strict=True))
@@ -398,13 +400,31 @@ class Engine:
         if watching.done():
             watching.result()
         while not (self.up or watching.done()):  # an engine that is being started would be waited for
-            for engine in active_children():
-                with suppress(psutil.NoSuchProcess):
-                    for process in [*psutil.Process(engine.pid).children(recursive=True), engine]:
-                        process.kill()
+            _kill_engine()
             await asyncio.sleep(WATCH_S)
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+    async def _ask_after(self) -> None:
+        """End an engine that hangs. It answers between two steps, and vLLM says how long one may take.
+
+        vLLM itself holds only workers of their own process to that; `_watch` starts another engine.
+        """
+        most_s = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
+        while True:
+            await asyncio.sleep(ASK_S)
+            if self.llm.errored:
+                continue
+            try:
+                await asyncio.wait_for(self._ask(self.llm.engine_core.is_sleeping_async()), most_s)
+            except TimeoutError:
+                logger.error(
+                    "the engine has not answered for %d s (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS): ending it",
+                    most_s,
+                )
+                _kill_engine()
+            except EngineDeadError:
+                pass
 
     async def _watch(self, masks: Masks) -> None:
         """Start the engine again whenever it dies; raises what keeps it from starting."""
@@ -640,6 +660,14 @@ def _together(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
     sizes = [name for name in ranks[0] if name.endswith("_bytes")]
     return ranks[0] | {name: total([rank[name] for rank in ranks]) for name in sizes}
+
+
+def _kill_engine() -> None:
+    """End the engine's process and all that it started."""
+    for engine in active_children():
+        with suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(engine.pid).children(recursive=True), engine]:
+                process.kill()
 
 
 def _has_python_headers() -> bool:

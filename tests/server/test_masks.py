@@ -9,17 +9,25 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from math import ceil
 from pathlib import Path
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 from running import BASE, MASKS
 
+from maskllm.core import maskset
 from maskllm.core.base import read_base
+from maskllm.core.patterns import best
 from server.errors import BadMaskName, NoRoom, UnavailableMask, UnknownMask, UnwritableFolder
 from server.masks import ROOM_WAIT_S, Mask, Masks
 from server.metrics import Metrics
 from server.names import BadState
+
+SHAPES = maskset.load(MASKS / "legal.safetensors").shapes
+PACKED = sum(rows * ceil(columns / 12) for rows, columns in SHAPES.values())
+"""Bytes of one of the demo's masks: three groups of four a byte."""
 
 
 class Fails(Exception):
@@ -78,7 +86,9 @@ def masks(tmp_path: Path) -> Masks:
     for file in MASKS.glob("*.safetensors"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     metrics = Metrics(CollectorRegistry())
-    made = Masks(tmp_path, "base", read_base(BASE), Engine(), slots=3, limit=3, metrics=metrics)
+    made = Masks(
+        tmp_path, "base", read_base(BASE), Engine(), slots=3, limit=3, packed_bytes=PACKED, metrics=metrics
+    )
     made.scan()
     return made
 
@@ -123,6 +133,23 @@ def test_a_mask_waits_for_a_place_in_host_memory_until_one_is_idle(masks: Masks)
     asyncio.run(load())
     legal = masks.known["legal"]
     assert set(masks.packed) == masks.engine.held == {here[0].id, legal.id, here[2].id}
+
+
+def test_host_memory_holds_as_many_bytes_of_larger_masks(masks: Masks):
+    """A group of 4:8 takes 7 bits, two of 2:4 take 5 and a third: three places hold two such masks."""
+    kept = {name: best(torch.ones(shape), 4, 8) for name, shape in SHAPES.items()}
+    maskset.save(maskset.from_masks(kept, masks.base, n=4, m=8), masks.folder / "wide.safetensors")
+    for name in ("wide", "wide@v1", "wide@v2"):
+        put(masks, name, "wide")
+    assert [mask.name for mask in masks.packed.values()] == ["wide@v1", "wide@v2"]
+    asyncio.run(masks.load("legal"))
+    assert [mask.name for mask in masks.packed.values()] == ["wide@v2", "legal"]
+    asyncio.run(masks.load("code"))
+    assert [mask.name for mask in masks.packed.values()] == ["legal", "code"]
+    masks.limit = 1
+    with pytest.raises(UnavailableMask, match="start with more --packed"):
+        asyncio.run(masks.load("wide"))
+    assert [mask.name for mask in masks.packed.values()] == ["legal", "code"]
 
 
 def test_all_who_wait_for_a_mask_are_refused_at_the_same_time(masks: Masks, monkeypatch: pytest.MonkeyPatch):
@@ -238,7 +265,7 @@ def test_pins_of_masks_whose_files_are_missing_count_too(masks: Masks):
     with pytest.raises(NoRoom, match=r"2 masks are pinned in 3 slots, .*: unpin one of code, legal,"):
         asyncio.run(masks.pin("medical", True))
     with pytest.raises(BadState, match="pins 2 masks, and one of 2 slots must be left"):
-        Masks(masks.folder, "base", masks.base, Engine(), slots=2, limit=3, metrics=masks.metrics)
+        Masks(masks.folder, "base", masks.base, Engine(), 2, 3, PACKED, masks.metrics)
     with pytest.raises(UnknownMask, match="no mask 'code', and no pin of that name any more"):
         asyncio.run(masks.pin("code", False))
     asyncio.run(masks.pin("medical", True))

@@ -61,6 +61,11 @@ class Answers(BaseHTTPRequestHandler):
         if self.path.endswith("/hanging"):
             self.answer(b"half", size=8)
             self.server.over.wait()
+        elif self.path.endswith("/trickling"):
+            self.answer(b"", 206, size=1 << 20)
+            with suppress(ConnectionError):
+                while not self.server.over.wait(0.05):
+                    self.wfile.write(b"0")
         elif self.path.endswith("/endless"):
             self.answer(b"", 206, size=ENDLESS)
             with suppress(ConnectionError):
@@ -189,6 +194,14 @@ def test_a_source_that_stops_halfway_is_given_up(web: Web, tmp_path: Path, monke
         pytest.raises(UnreachableSource, match=r"/hanging cannot be read: .*Timeout on reading data"),
     ):
         asyncio.run(asyncio.wait_for(landed.fetch(f"{web.url}/hanging", "0" * 64), 10))
+
+
+@pytest.mark.parametrize("source", ["{}/trickling", "hf://org/masks/trickling"])
+def test_a_source_that_trickles_is_given_up(web: Web, tmp_path: Path, source: str):
+    web.files["org/masks"]["trickling"] = bytes(8)
+    url = source.format(web.url)
+    code = f"import server.sources; server.sources.MOST_S = 2; asyncio.run(fetch({url!r}, b'', 'it'))"
+    assert f"{url} cannot be read: it had not come after 2 s" in run(web, tmp_path, code).stderr
 
 
 @pytest.mark.parametrize("source", ["{}/hanging", "hf://org/masks/hanging"])
