@@ -6,6 +6,7 @@ which rows use which: a CUDA graph captured once serves every later swap.
 """
 
 import logging
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ with suppress(ImportError):  # why_not() says so
 
 logger = logging.getLogger(__name__)
 
+TRITON = "triton"
 FEW_ROWS = 64
 """Up to here a step is bound by reading weights, and beyond by multiplying."""
 PAIRS = 128
@@ -49,10 +51,20 @@ def why_not() -> str | None:
     return None
 
 
+def available() -> list[str]:
+    """What MASKLLM_BACKEND may ask for here: Triton's kernels alone, without cuSPARSELt."""
+    return [] if why_not() else [TRITON]
+
+
 def using() -> str:
-    """The GPU and the architecture that kernels are compiled for."""
+    """The GPU and the architecture that kernels are compiled for, and what prefill uses."""
     major, minor = torch.cuda.get_device_capability()
-    return f"triton, {torch.cuda.get_device_name()}, sm_{major}{minor}"
+    library = "cuSPARSELt where it is faster" if _may_use_cusparselt(torch.device("cuda")) else "dense"
+    return f"{TRITON}, {torch.cuda.get_device_name()}, sm_{major}{minor}; prefill: {library}"
+
+
+def _may_use_cusparselt(device: torch.device) -> bool:
+    return os.environ.get("MASKLLM_BACKEND") != TRITON and cusparselt.available(device)
 
 
 def allocate(weight: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -160,7 +172,7 @@ def prefill(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> di
     Nothing is taken on trust: a slot must be what the library makes of the same mask, byte by byte, and a
     product must be the dense one's, and faster. Takes 3 seconds, once a shape.
     """
-    if outs % 64 or ins % 32 or not cusparselt.available(device):
+    if outs % 64 or ins % 32 or not _may_use_cusparselt(device):
         return {}
     try:
         weight = (torch.rand(outs, ins, device=device) + 0.5).to(dtype)  # a zero would seem dropped

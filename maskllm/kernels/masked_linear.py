@@ -17,6 +17,8 @@ from maskllm.core.base import is_bf16
 from maskllm.core.patterns import expand, row_bytes, unpack
 from maskllm.kernels import DENSE, cpu, gpu
 
+DEVICES = {"cpu": cpu, "cuda": gpu}
+
 
 class NoBackend(ValueError):
     """A backend, or a dtype of slots, that this machine or this weight does not have."""
@@ -25,19 +27,21 @@ class NoBackend(ValueError):
 def backend(device: torch.device) -> ModuleType | None:
     """The kernels for weights on a device; None is the reference.
 
-    The environment's MASKLLM_BACKEND forces `reference`, or one of the CPU's instruction sets
-    (`cpu.available`). Raises NoBackend where it asks for what is not there.
+    The environment's MASKLLM_BACKEND forces `reference`, one of the CPU's instruction sets
+    (`cpu.available`) or the GPU's `triton` (`gpu.available`); the other device's kernels stay as they are.
+    Raises NoBackend where it asks for what is not there.
     """
     forced = os.environ.get("MASKLLM_BACKEND", "")
     if forced == "reference":
         return None
     module = cpu if device.type == "cpu" else gpu
-    if forced and forced not in cpu.available():
-        have, why = ", ".join(["reference", *cpu.available()]), cpu.missing().get(forced)
+    if forced and forced not in [*cpu.available(), *gpu.available()]:
+        have = ", ".join(["reference", *cpu.available(), *gpu.available()])
+        why = gpu.why_not() if forced == gpu.TRITON else cpu.missing().get(forced)
         raise NoBackend(
             f"MASKLLM_BACKEND={forced} is not on this machine, which has {have}" + (f": {why}" if why else "")
         )
-    if forced and module is cpu:
+    if module is cpu and forced in cpu.available():
         cpu.use(forced)
     return None if module.why_not() else module
 
@@ -55,13 +59,13 @@ def holds_bf16(folder: Path) -> bool:
 def chosen() -> dict[str, str]:
     """Which kernels run here, for people: by device, what is used or why nothing is, and what could be."""
     use = {}
-    for device, module in (("cpu", cpu), ("cuda", gpu)):
+    for device, module in DEVICES.items():
         forced = backend(torch.device(device)) is None and not module.why_not()
         reason = "MASKLLM_BACKEND=reference" if forced else module.why_not()
         use[device] = f"reference: {reason}" if reason else module.using()
     if not use["cpu"].startswith("reference") and cpu.calibrate():
         use["cpu, measured now"] = cpu.choices()
-    use["cpu could use"] = ", ".join(["reference", *cpu.available()])
+    use |= {f"{name} could use": ", ".join(["reference", *of.available()]) for name, of in DEVICES.items()}
     if missing := cpu.missing():
         use["cpu could not use"] = "; ".join(f"{name}: {why}" for name, why in missing.items())
     return use

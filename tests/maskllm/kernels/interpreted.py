@@ -435,5 +435,11 @@ def test_dense_is_used_where_the_shape_does_not_fit():
     assert prefill(ins=172) == {}
 
 
+@pytest.mark.usefixtures("library")
+def test_dense_is_used_where_only_tritons_kernels_are_asked_for(monkeypatch):
+    monkeypatch.setenv("MASKLLM_BACKEND", "triton")
+    assert prefill() == {}
+
+
 def test_the_kernels_are_interpreted_here():
     assert type(kernels.linear_kernel).__name__ == "InterpretedFunction"

@@ -47,6 +47,7 @@ EXPAND = SLOT | {"used": "*u1", "out": "*bf16", "GROUPS": 1024}
 METADATA = SLOT | {"outs": "i32", "UNITS": 512}
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(
     ("kernel", "arguments", "options"),
@@ -64,9 +65,10 @@ METADATA = SLOT | {"outs": "i32", "UNITS": 512}
     ],
 )
 def test_each_kernel_compiles_for_each_gpu_and_no_loop_spills(
-    capability, kernel, arguments, options, tmp_path
+    dtype, capability, kernel, arguments, options, tmp_path
 ):
-    """As it is launched for a bf16 weight of LLaMA-2 7B; those that multiply use the tensor cores."""
+    """As it is launched for a weight of LLaMA-2 7B; those that multiply use the tensor cores."""
+    arguments = {name: f"*{dtype}" if kind == "*bf16" else kind for name, kind in arguments.items()}
     compiled = compile_for(capability, getattr(kernels, kernel), arguments, options)
     cubin = tmp_path / "cubin"
     cubin.write_bytes(compiled.asm["cubin"])

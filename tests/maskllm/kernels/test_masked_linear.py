@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskllm.core.patterns import best, encode, pack
-from maskllm.kernels import DENSE, cpu
+from maskllm.kernels import DENSE, cpu, gpu
 from maskllm.kernels.masked_linear import NoBackend, allocate, backend, chosen, fill, masked_linear
 
 HERE = Path(__file__).parent
@@ -640,6 +640,18 @@ def test_a_backend_that_is_not_there_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("MASKLLM_BACKEND", "abacus")
     with pytest.raises(NoBackend, match="MASKLLM_BACKEND=abacus is not on this machine, which has reference"):
         backend(torch.device("cpu"))
+
+
+def test_a_gpus_kernels_are_refused_without_one_and_leave_the_cpus_as_they_are_with_one(monkeypatch, fast):
+    backend(torch.device("cpu"))
+    monkeypatch.setenv("MASKLLM_BACKEND", "triton")
+    monkeypatch.setattr(gpu, "why_not", lambda: "torch sees no CUDA device")
+    with pytest.raises(NoBackend, match=r"=triton is not on this machine, which has .*: torch sees no CUDA"):
+        backend(torch.device("cpu"))
+    monkeypatch.setattr(gpu, "why_not", lambda: None)
+    assert backend(torch.device("cuda")) is gpu
+    assert backend(torch.device("cpu")) is cpu
+    assert cpu.using() == fast
 
 
 def test_the_reference_refuses_slots_that_need_kernels(monkeypatch):
