@@ -330,8 +330,8 @@ async def ours(contender: Contender, folder: Path) -> AsyncIterator[tuple[Any, l
     metrics = Metrics()
     with start(settings, folder / "base", metrics) as (engine, _):
         base = read_base(folder / "base")
-        each = engine.capacity.packed
-        masks = Masks(settings.masks, settings.name, base, engine, MASKS, MASKS, each, metrics)
+        place = engine.capacity.packed
+        masks = Masks(settings.masks, settings.name, base, engine, MASKS, MASKS * place, place, metrics)
         masks.scan()
         for mask in masks.known.values():
             assert await masks.ready(mask)

@@ -29,7 +29,7 @@ AVX2 = {
 }
 """What keeps torch and us from AVX-512; torch's int8 product, though, does not listen, nor does
 what lays our inputs out and writes our outputs."""
-MUST = {1: (2.3, 2.7), 4: (4, 6), 16: (1.8, 3), 64: (1.0, 1.3), 512: (1.0, None)}
+MUST = {1: (2.3, 2.7), 4: (4, 6), 16: (1.8, 3), 64: (1.0, 1.3)} | dict.fromkeys((128, 256, 512), (1.0, None))
 """By batch, 2:4 bf16 against the best dense torch: must and aim (issue 4)."""
 
 

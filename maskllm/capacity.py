@@ -41,7 +41,11 @@ class Capacity:
 
     def most_packed(self, slots: int) -> int:
         """Masks in host memory, beside so many slots."""
-        return max(0, (self.free - self.needs(slots, 0)) // self.packed)
+        return self.room(slots) // self.packed
+
+    def room(self, slots: int) -> int:
+        """Bytes that so many slots leave for masks in host memory."""
+        return max(0, self.free - self.needs(slots, 0))
 
     def sum(self, slots: int, packed: int) -> str:
         """What `needs` adds up, spelled out."""

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import uvloop
 from pydantic import ValidationError
@@ -38,11 +39,13 @@ async def run(settings: Settings) -> None:
     both = settings.host == "::" and socket.has_dualstack_ipv6()  # as vLLM's own port is
     aside = socket.create_server(door, family=family, dualstack_ipv6=both) if settings.metrics_port else None
     with aside or nullcontext(), start(settings, folder, metrics) as (engine, sock):
-        limit, each = settings.packed or engine.capacity.most_packed(settings.slots), engine.capacity.packed
-        masks = Masks(settings.masks, settings.name, base, engine, settings.slots, limit, each, metrics)
+        slots, capacity = settings.slots, engine.capacity
+        room = settings.packed * capacity.packed if settings.packed else capacity.room(slots)
+        masks = Masks(settings.masks, settings.name, base, engine, slots, room, capacity.packed, metrics)
         masks.scan()
-        packed = min(limit, len(masks.known))
-        logger.info("memory: %s", memory(engine.capacity, engine.gpu, settings.slots, packed))
+        packed = min(masks.limit, len(masks.known))
+        held = replace(capacity, packed=masks.place)
+        logger.info("memory: %s", memory(held, engine.gpu, slots, packed))
         access = Access(keys, settings.max_waiting or 2 * engine.batch)
         app = await create_app(engine, masks, metrics, access, settings)
         await masks.restore()

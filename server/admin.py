@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -187,12 +188,13 @@ def routes(masks: Masks, capacity: Capacity, gpu: Capacity | None) -> APIRouter:
     async def show_capacity() -> CapacityCard:
         """What each thing takes, and how many masks fit where."""
         used, pinned = len((await masks.engine.stats()).get("slots", {})), len(masks.names.pinned)
+        held = replace(capacity, packed=masks.place)
         return CapacityCard(
-            bytes=capacity,
+            bytes=held,
             gpu=gpu,
-            slots=Slots(total=masks.slots, used=used, pinned=pinned, most=(gpu or capacity).most_slots()),
+            slots=Slots(total=masks.slots, used=used, pinned=pinned, most=(gpu or held).most_slots()),
             packed=Packed(limit=masks.limit, used=len(masks.packed), known=len(masks.known)),
-            sum=memory(capacity, gpu, masks.slots, masks.limit),
+            sum=memory(held, gpu, masks.slots, masks.limit),
         )
 
     return router

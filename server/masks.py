@@ -12,7 +12,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -160,18 +160,19 @@ class Masks:
         base: Base,
         engine: Engine,
         slots: int,
-        limit: int,
-        packed_bytes: int,
+        room: int,
+        place: int,
         metrics: Metrics,
     ) -> None:
-        """`limit` is how many masks of `packed_bytes` each the engine's host memory may hold."""
+        """`room` are the bytes of the engine's host memory for all masks, `place` those of a 2:4 mask."""
         self.folder = folder.resolve()
         self.base_name = base_name
         self.base = base
         self.engine = engine
         self.slots = slots
-        self.limit = limit
-        self.packed_bytes = packed_bytes
+        self.room = room
+        self.place = place
+        """Bytes that each mask in host memory may take: as many as the largest one needs."""
         self.known: dict[str, Mask] = {}
         self.refused: dict[str, str] = {}
         self.metrics = metrics
@@ -187,12 +188,16 @@ class Masks:
                 "be left for the others: start with more --slots, or take pins out of the file"
             )
         self._ids = count(1)
-        self._waiting: dict[object, int] = {}
-        """For how many bytes each waits, the first to come first."""
+        self._waiting: list[object] = []
         self._drains: dict[int, asyncio.Task[None]] = {}
         self._loading = 0
         self._leaving = 0
         self._locks: defaultdict[str, Lock] = defaultdict(Lock)
+
+    @property
+    def limit(self) -> int:
+        """How many masks host memory may hold."""
+        return self.room // self.place
 
     @property
     def most_bytes(self) -> int:
@@ -432,6 +437,12 @@ class Masks:
         except OSError as error:
             raise RefusedMask(f"{called} cannot be read: {error.strerror}") from None
         size = sum(packed.nbytes for packed in mask_set.packed.values())
+        if size > self.room:
+            raise RefusedMask(
+                f"{called} takes {size} bytes of host memory, and masks may take {self.room}: "
+                "start with more --packed"
+            )
+        self.place = max(self.place, size)
         return Mask(name, path, next(self._ids), replace(mask_set, packed={}), size)
 
     def _sync(self, file: Path) -> None:
@@ -458,8 +469,8 @@ class Masks:
             return
         failures = self.metrics.load_failures.labels(mask.name)
         with failures.count_exceptions((UnavailableMask, NoRoom)):
-            await self._make_room(mask, end or time.monotonic() + ROOM_WAIT_S, retired)
-            self._loading += self._size(mask)
+            await self._make_room(end or time.monotonic() + ROOM_WAIT_S, retired)
+            self._loading += 1
             try:
                 if refusal := await self.engine.load(mask):
                     raise UnavailableMask(
@@ -468,26 +479,20 @@ class Masks:
                     )
                 self.packed[mask.id] = mask
             finally:
-                self._loading -= self._size(mask)
+                self._loading -= 1
         if mask.name in self.names.pinned:
             await self.engine.pin(mask, True)
 
-    async def _make_room(self, mask: Mask, end: float, retired: Mask | None) -> None:
+    async def _make_room(self, end: float, retired: Mask | None) -> None:
         """Wait for a place in host memory; places go to those who wait in the order in which they came.
 
         Where the limit is reached, the least recently used mask that is not pinned leaves: an idle one at
-        once, else one in use, as soon as the requests that it has are answered. Raises NoRoom at `end`, or
-        UnavailableMask where all places together are too few.
+        once, else one in use, as soon as the requests that it has are answered. Raises NoRoom at `end`.
         """
-        me, size, room = object(), self._size(mask), self.limit * self.packed_bytes
-        if size > room:
-            raise UnavailableMask(
-                f"mask {mask.name!r} takes {size} bytes of host memory, and masks may take {room}: "
-                "start with more --packed"
-            )
-        self._waiting[me] = size
+        me = object()
+        self._waiting.append(me)
         try:
-            while self._taken() + (ahead := self._ahead_of(me)) + size > room:
+            while self._taken() + (ahead := self._waiting.index(me)) >= self.limit:
                 others = [m for m in self.packed.values() if m is retired or m.name not in self.names.pinned]
                 free = [m for m in others if m is retired or self._locks[m.name].free]
                 idle = next((m for m in free if not self.engine.in_flight(m)), None)
@@ -509,19 +514,11 @@ class Masks:
             if self._drains and len(self._drains) >= len(self._waiting):
                 self._drains.popitem()[1].cancel()  # the place was another's
         finally:
-            del self._waiting[me]
-
-    def _size(self, mask: Mask) -> int:
-        """Bytes of a mask's place in host memory; one that covers less than all has a whole one."""
-        return max(mask.packed_bytes, self.packed_bytes)
-
-    def _ahead_of(self, one: object) -> int:
-        """Bytes for which others wait who came before."""
-        return sum(self._waiting[other] for other in takewhile(lambda other: other is not one, self._waiting))
+            self._waiting.remove(me)
 
     def _taken(self) -> int:
-        """Bytes of the places in host memory that are taken, by masks that come or go, too."""
-        return sum(map(self._size, self.packed.values())) + self._loading + self._leaving
+        """How many places in host memory are taken, by masks that come or go, too."""
+        return len(self.packed) + self._loading + self._leaving
 
     async def _drain(self, mask: Mask) -> None:
         """Free a mask once its requests in flight are answered; new ones wait for their turn meanwhile.
@@ -533,12 +530,12 @@ class Masks:
             leaves = mask.id in self.packed and mask.name not in self.names.pinned
             if leaves:
                 del self.packed[mask.id]
-                self._leaving += self._size(mask)
+                self._leaving += 1
                 try:
                     while self.engine.in_flight(mask):
                         await asyncio.sleep(ROOM_POLL_S)
                 finally:
-                    self._leaving -= self._size(mask)
+                    self._leaving -= 1
                     self.packed[mask.id] = mask
             del self._drains[mask.id]  # too late to be cancelled
             if leaves:
@@ -546,8 +543,8 @@ class Masks:
 
     async def _unload(self, mask: Mask) -> None:
         if self.packed.pop(mask.id, None):
-            self._leaving += self._size(mask)  # its memory is taken until its last request has ended
+            self._leaving += 1  # its memory is taken until its last request has ended
             try:
                 await self.engine.unload(mask)
             finally:
-                self._leaving -= self._size(mask)
+                self._leaving -= 1

@@ -78,7 +78,7 @@ def routes(engine: Engine, masks: Masks, metrics: Metrics, access: Access) -> AP
                 "used": len(masks.packed),
                 "limit": masks.limit,
                 "bytes": sum(mask.packed_bytes for mask in masks.packed.values()),
-                "most_bytes": masks.limit * engine.capacity.packed,
+                "most_bytes": masks.limit * masks.place,
             },
             "in_flight": {"used": access.waiting, "limit": access.max_waiting},
             "now": time.time(),

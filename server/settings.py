@@ -51,8 +51,8 @@ class Settings(
     """How many masks can be resident, and so be used in one batch, at a time."""
 
     packed: PositiveInt | None = None
-    """How many 2:4 masks host memory may hold, or as many bytes of others, least recently used out (default:
-    as many as fit)."""
+    """How many 2:4 masks host memory may hold, and fewer where some are larger, as 4:8 ones; the least
+    recently used goes (default: as many as fit)."""
 
     grace_s: PositiveInt = 30
     """Seconds that requests in flight get to finish when the server is told to stop."""

@@ -22,7 +22,7 @@ CHUNK = 1 << 20
 PATIENCE = ClientTimeout(sock_connect=10, sock_read=30)
 """Seconds for a web server to take a connection, and between two reads; a large file may take longer."""
 MOST_S = 3600
-"""For a whole file, wherever it comes from."""
+"""Seconds for the whole file of a URL."""
 
 
 @contextmanager

@@ -23,7 +23,7 @@ POOL_BYTES = 200_000_000
 """Of int8 slots, the smallest weights, that are gone through before one is met again: with 32 MB of cache a
 sixth may be found there, and of dense weights a twentieth."""
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (768, 768)]
-ROWS = [1, 4, 16, 64, 512]
+ROWS = [1, 4, 16, 64, 128, 256, 512]
 MASKS = [1, 2, 4, 8, 16]
 
 

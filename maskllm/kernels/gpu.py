@@ -52,8 +52,11 @@ def why_not() -> str | None:
 
 
 def available() -> list[str]:
-    """What MASKLLM_BACKEND may ask for here: Triton's kernels alone, without cuSPARSELt."""
-    return [] if why_not() else [TRITON]
+    """What MASKLLM_BACKEND may ask for here: Triton's kernels alone, without cuSPARSELt.
+
+    No GPU is looked at, which would take some of its memory for this process.
+    """
+    return [TRITON] if torch.cuda.is_available() else []
 
 
 def using() -> str:

@@ -17,8 +17,6 @@ from maskllm.core.base import is_bf16
 from maskllm.core.patterns import expand, row_bytes, unpack
 from maskllm.kernels import DENSE, cpu, gpu
 
-DEVICES = {"cpu": cpu, "cuda": gpu}
-
 
 class NoBackend(ValueError):
     """A backend, or a dtype of slots, that this machine or this weight does not have."""
@@ -35,14 +33,15 @@ def backend(device: torch.device) -> ModuleType | None:
     if forced == "reference":
         return None
     module = cpu if device.type == "cpu" else gpu
-    if forced and forced not in [*cpu.available(), *gpu.available()]:
+    if forced in cpu.available():
+        if module is cpu:
+            cpu.use(forced)
+    elif forced and (forced not in gpu.available() or (module is gpu and gpu.why_not())):
         have = ", ".join(["reference", *cpu.available(), *gpu.available()])
         why = gpu.why_not() if forced == gpu.TRITON else cpu.missing().get(forced)
         raise NoBackend(
             f"MASKLLM_BACKEND={forced} is not on this machine, which has {have}" + (f": {why}" if why else "")
         )
-    if module is cpu and forced in cpu.available():
-        cpu.use(forced)
     return None if module.why_not() else module
 
 
@@ -59,13 +58,15 @@ def holds_bf16(folder: Path) -> bool:
 def chosen() -> dict[str, str]:
     """Which kernels run here, for people: by device, what is used or why nothing is, and what could be."""
     use = {}
-    for device, module in DEVICES.items():
+    for device, module in (("cpu", cpu), ("cuda", gpu)):
         forced = backend(torch.device(device)) is None and not module.why_not()
         reason = "MASKLLM_BACKEND=reference" if forced else module.why_not()
         use[device] = f"reference: {reason}" if reason else module.using()
     if not use["cpu"].startswith("reference") and cpu.calibrate():
         use["cpu, measured now"] = cpu.choices()
-    use |= {f"{name} could use": ", ".join(["reference", *of.available()]) for name, of in DEVICES.items()}
+    use["cpu could use"] = ", ".join(["reference", *cpu.available()])
+    if gpu.available():
+        use["cuda could use"] = ", ".join(["reference", *gpu.available()])
     if missing := cpu.missing():
         use["cpu could not use"] = "; ".join(f"{name}: {why}" for name, why in missing.items())
     return use

@@ -413,18 +413,21 @@ class Engine:
         most_s = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
         while True:
             await asyncio.sleep(ASK_S)
-            if self.llm.errored:
+            if (llm := self.llm).errored:
                 continue
             try:
-                await asyncio.wait_for(self._ask(self.llm.engine_core.is_sleeping_async()), most_s)
+                async with asyncio.timeout(most_s):
+                    await self._ask(llm.is_sleeping())
             except TimeoutError:
-                logger.error(
-                    "the engine has not answered for %d s (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS): ending it",
-                    most_s,
-                )
-                _kill_engine()
-            except EngineDeadError:
-                pass
+                if not llm.errored:
+                    logger.error(
+                        "the engine has not answered for %d s, and is ended: where a step may take longer, "
+                        "set VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS, or a lower --max-num-batched-tokens",
+                        most_s,
+                    )
+                    _kill_engine()
+            except Exception:  # it has died, or refuses as it ends: an answer, too
+                logger.debug("the engine is not there", exc_info=True)
 
     async def _watch(self, masks: Masks) -> None:
         """Start the engine again whenever it dies; raises what keeps it from starting."""
@@ -522,6 +525,8 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         # What vLLM compiled ahead of time cannot be loaded again on CPU (0.32.0: a function has no
         # `finalize_loading`), so that each start compiled anew; torch's own cache works: 37 -> 11 s.
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+        # vLLM's 300 are a GPU's: 2,048 tokens of a 7B base on two slow cores take longer.
+        os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "1800")
         # Never less than the checkpoint's; and without instructions for it bf16 halves the speed.
         ours["dtype"] = "bfloat16" if bf16_on_cpu() and is_bf16(folder) else "float32"
         # vLLM's own default is 92 % of the machine's memory, and no start where that is not free.
@@ -666,8 +671,11 @@ def _kill_engine() -> None:
     """End the engine's process and all that it started."""
     for engine in active_children():
         with suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(engine.pid).children(recursive=True), engine]:
-                process.kill()
+            started = psutil.Process(engine.pid).children(recursive=True)
+            engine.kill()
+            for process in started:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def _has_python_headers() -> bool:

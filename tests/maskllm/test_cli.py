@@ -401,6 +401,7 @@ def test_inspect_says_what_a_processor_lacks_for_the_kernels_that_it_cannot_run(
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(cpu, "available", lambda: ["avx2", "portable"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("MASKLLM_BACKEND", "reference")
     assert figures("inspect", "--kernels")["cpu could not use"] == (
         "avx512-bf16: this processor has no avx512_bf16, avx512_vnni; "

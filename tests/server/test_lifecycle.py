@@ -49,7 +49,8 @@ def test_an_upload_is_a_mask_at_once_and_a_file_of_the_folder(api, server: Serve
 
 def at_the_next_start(server: Server, base: Base) -> Masks:
     """What another start would find in the masks folder."""
-    found = Masks(server.masks, "base", base, Engine(), server.slots, 3, 1, Metrics(CollectorRegistry()))
+    metrics = Metrics(CollectorRegistry())
+    found = Masks(server.masks, "base", base, Engine(), server.slots, room=1 << 30, place=1, metrics=metrics)
     found.scan()
     return found
 

@@ -20,7 +20,7 @@ from running import BASE, MASKS
 from maskllm.core import maskset
 from maskllm.core.base import read_base
 from maskllm.core.patterns import best
-from server.errors import BadMaskName, NoRoom, UnavailableMask, UnknownMask, UnwritableFolder
+from server.errors import BadMaskName, NoRoom, RefusedMask, UnavailableMask, UnknownMask, UnwritableFolder
 from server.masks import ROOM_WAIT_S, Mask, Masks
 from server.metrics import Metrics
 from server.names import BadState
@@ -85,10 +85,8 @@ class Engine:
 def masks(tmp_path: Path) -> Masks:
     for file in MASKS.glob("*.safetensors"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    metrics = Metrics(CollectorRegistry())
-    made = Masks(
-        tmp_path, "base", read_base(BASE), Engine(), slots=3, limit=3, packed_bytes=PACKED, metrics=metrics
-    )
+    metrics, engine, base = Metrics(CollectorRegistry()), Engine(), read_base(BASE)
+    made = Masks(tmp_path, "base", base, engine, slots=3, room=3 * PACKED, place=PACKED, metrics=metrics)
     made.scan()
     return made
 
@@ -135,21 +133,19 @@ def test_a_mask_waits_for_a_place_in_host_memory_until_one_is_idle(masks: Masks)
     assert set(masks.packed) == masks.engine.held == {here[0].id, legal.id, here[2].id}
 
 
-def test_host_memory_holds_as_many_bytes_of_larger_masks(masks: Masks):
-    """A group of 4:8 takes 7 bits, two of 2:4 take 5 and a third: three places hold two such masks."""
+def test_host_memory_holds_fewer_of_larger_masks(masks: Masks):
+    """A group of 4:8 takes 7 bits, two of 2:4 take 5 and a third: three places are two of such masks."""
     kept = {name: best(torch.ones(shape), 4, 8) for name, shape in SHAPES.items()}
     maskset.save(maskset.from_masks(kept, masks.base, n=4, m=8), masks.folder / "wide.safetensors")
-    for name in ("wide", "wide@v1", "wide@v2"):
-        put(masks, name, "wide")
-    assert [mask.name for mask in masks.packed.values()] == ["wide@v1", "wide@v2"]
-    asyncio.run(masks.load("legal"))
-    assert [mask.name for mask in masks.packed.values()] == ["wide@v2", "legal"]
-    asyncio.run(masks.load("code"))
-    assert [mask.name for mask in masks.packed.values()] == ["legal", "code"]
-    masks.limit = 1
-    with pytest.raises(UnavailableMask, match="start with more --packed"):
-        asyncio.run(masks.load("wide"))
-    assert [mask.name for mask in masks.packed.values()] == ["legal", "code"]
+    for name in ("legal", "medical", "code"):
+        asyncio.run(masks.load(name))
+    put(masks, "wide@v1", "wide")
+    assert [mask.name for mask in masks.packed.values()] == ["code", "wide@v1"]
+    assert masks.limit == 2
+    masks.room = PACKED
+    with pytest.raises(RefusedMask, match="start with more --packed"):
+        put(masks, "wide@v2", "wide")
+    assert [mask.name for mask in masks.packed.values()] == ["code", "wide@v1"]
 
 
 def test_all_who_wait_for_a_mask_are_refused_at_the_same_time(masks: Masks, monkeypatch: pytest.MonkeyPatch):
@@ -167,7 +163,7 @@ def test_a_version_that_still_answers_takes_a_place_in_host_memory(
     masks: Masks, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.1)
-    masks.limit = 2
+    masks.room = 2 * PACKED
     old = asyncio.run(masks.load("legal"))
     masks.engine.busy = {old.id}
 
@@ -208,7 +204,7 @@ def test_a_mask_that_is_pinned_just_when_another_needs_its_place_stays(
 
 
 def test_a_mask_does_not_wait_for_places_that_are_pinned(masks: Masks):
-    masks.limit = 2
+    masks.room = 2 * PACKED
     for name in ("medical", "code"):
         asyncio.run(masks.pin(name, True))
     begin = time.monotonic()
@@ -265,7 +261,7 @@ def test_pins_of_masks_whose_files_are_missing_count_too(masks: Masks):
     with pytest.raises(NoRoom, match=r"2 masks are pinned in 3 slots, .*: unpin one of code, legal,"):
         asyncio.run(masks.pin("medical", True))
     with pytest.raises(BadState, match="pins 2 masks, and one of 2 slots must be left"):
-        Masks(masks.folder, "base", masks.base, Engine(), 2, 3, PACKED, masks.metrics)
+        Masks(masks.folder, "base", masks.base, Engine(), 2, 3 * PACKED, PACKED, masks.metrics)
     with pytest.raises(UnknownMask, match="no mask 'code', and no pin of that name any more"):
         asyncio.run(masks.pin("code", False))
     asyncio.run(masks.pin("medical", True))
@@ -414,7 +410,7 @@ def test_a_mask_is_replaced_where_its_old_content_has_the_only_place(
     masks: Masks, monkeypatch: pytest.MonkeyPatch, pinned: bool
 ):
     monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.1)
-    masks.limit = 1
+    masks.room = PACKED
     asyncio.run(masks.pin("legal", True) if pinned else masks.load("legal"))
     new, _ = put(masks, "legal", "medical")
     assert masks.engine.held == set(masks.packed) == {new.id}
@@ -425,7 +421,7 @@ def test_a_mask_is_replaced_where_its_old_content_has_the_only_place(
 def test_old_content_that_left_its_place_to_a_new_one_is_back_where_that_is_refused(
     masks: Masks, pinned: bool
 ):
-    masks.limit = 1
+    masks.room = PACKED
     old = asyncio.run(masks.pin("legal", True) if pinned else masks.load("legal"))
     new = landed(masks, "medical")
     own = masks.folder / "legal.safetensors"

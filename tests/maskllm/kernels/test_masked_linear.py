@@ -645,9 +645,12 @@ def test_a_backend_that_is_not_there_is_refused_by_name(monkeypatch):
 def test_a_gpus_kernels_are_refused_without_one_and_leave_the_cpus_as_they_are_with_one(monkeypatch, fast):
     backend(torch.device("cpu"))
     monkeypatch.setenv("MASKLLM_BACKEND", "triton")
-    monkeypatch.setattr(gpu, "why_not", lambda: "torch sees no CUDA device")
-    with pytest.raises(NoBackend, match=r"=triton is not on this machine, which has .*: torch sees no CUDA"):
-        backend(torch.device("cpu"))
+    for there, why_not in ((False, "torch sees no CUDA device"), (True, "an old GPU")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(gpu, "why_not", lambda why=why_not: why)
+        with pytest.raises(NoBackend, match=f"=triton is not on this machine, which has .*: {why_not}"):
+            backend(torch.device("cuda"))
+    assert backend(torch.device("cpu")) is cpu
     monkeypatch.setattr(gpu, "why_not", lambda: None)
     assert backend(torch.device("cuda")) is gpu
     assert backend(torch.device("cpu")) is cpu
