@@ -479,7 +479,7 @@ def figures(
         *(row(f"latency {q}, ms", 1000 * s, "ms") for q, s in e2e.items()),
         row("TTFT p50 of hot masks, ms", 1000 * of_hot, "ms"),
         row("TTFT p50 of cold masks, ms", 1000 * of_cold, "ms"),
-        # With fewer clients hot masks have their places, and only cold ones wait: that is no unfairness.
+        # With fewer clients hot masks have their places, and only cold ones wait.
         row("TTFT p50 of hot masks at full load, ms", 1000 * crowded[0], "ms"),
         row("TTFT p50, cold beside hot, at full load", crowded[1] / crowded[0], "x", must=2),
         row("highest TTFT p50 of a mask, ms", 1000 * max(medians.values()), "ms"),
