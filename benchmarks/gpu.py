@@ -69,7 +69,7 @@ def layer(outs: int, ins: int) -> Layer:
     slots = gpu.allocate(weight, SLOTS, weight.dtype)
     packed = pack(encode(best(torch.rand(outs, ins, device="cuda"))))
     for slot in range(SLOTS):
-        gpu.fill(slots, slot, weight, packed)
+        gpu.fill_layers(slot, [(slots, weight, packed)])
     return Layer(weight, slots, packed, packed.cpu().pin_memory())
 
 
@@ -110,17 +110,17 @@ def ratios(
 
 def swaps(copies: dict[tuple[int, int], list[Layer]]) -> list[Row]:
     """Milliseconds to write one mask into all layers, from packed masks on the GPU and in host memory."""
-    layers = [copies[shape][index % COPIES] for shape, count in SHAPES.items() for index in range(count)]
+    layers = [
+        copies[shape][index % COPIES] for shape, count in SHAPES.items() for index in range(LAYERS * count)
+    ]
 
     def from_gpu() -> None:
-        for one in layers:
-            gpu.fill(one.slots, 0, one.weight, one.packed)
+        gpu.fill_layers(0, ((one.slots, one.weight, one.packed) for one in layers))
 
     def from_host() -> None:
-        for one in layers:
-            gpu.fill(one.slots, 0, one.weight, one.pinned)
+        gpu.fill_layers(0, ((one.slots, one.weight, one.pinned) for one in layers))
 
-    gpu_ms, host_ms = (LAYERS * ms for ms in in_turns([from_gpu, from_host]))
+    gpu_ms, host_ms = in_turns([from_gpu, from_host])
     speed = LAYERS * WEIGHTS * BYTES_SWAPPED / gpu_ms / 1e6
     return [
         Row("swap, packed mask on the GPU | ms", gpu_ms, "ms", MUST_SWAP_MS, AIM_SWAP_MS),

@@ -34,6 +34,7 @@ COLUMNS, ROWS = 1, 2
 AS_IT_IS, TRANSPOSED = 0, 1
 """cusparseOperation_t."""
 COMPUTE_32F = 2
+ONE, ZERO = byref(c_float(1)), byref(c_float(0))
 BIAS_POINTER = 8
 """An attribute of a multiplication."""
 ALGORITHM_ID = 0
@@ -61,19 +62,20 @@ def compress(masked: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, compressed: Tensor, outs: int, bias: Tensor | None, algorithm: int) -> Tensor:
-    """x (rows, in) times a compressed weight (out, in), plus bias -> (rows, out).
+    """x (rows, in) times the compressed weight (out, in) that a buffer begins with, plus bias -> (rows, out).
 
     Raises RuntimeError where the library refuses. The library wants rows in multiples of 8, at multiples of
     16 bytes; of 128 there are fewer, so that all of a server's plans are kept.
     """
     rows, ins = x.shape
-    padded = functional.pad(x, (0, 0, 0, -rows % 128)) if rows % 128 else x.contiguous()
+    padding = -rows % 128
+    padded = functional.pad(x, (0, 0, 0, padding)) if padding else x.contiguous()
     if padded.data_ptr() % 16:
         padded = padded.clone()
-    plan = _plan(outs, ins, padded.shape[0], x.dtype, x.device, algorithm, bias is not None)
-    out = x.new_empty(padded.shape[0], outs)
+    plan = _plan(outs, ins, rows + padding, x.dtype, x.device, algorithm, bias is not None)
+    out = x.new_empty(rows + padding, outs)
     plan.multiply(compressed, padded, bias, out)
-    return out[:rows]
+    return out[:rows] if padding else out
 
 
 def fastest(compressed: Tensor, weight: Tensor, mask: Tensor) -> dict[int, int]:
@@ -146,11 +148,11 @@ class _Plan:
     def multiply(self, compressed: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if bias is not None:
             self._set_bias(bias.data_ptr())
-        workspace = torch.empty(self._workspace, dtype=torch.uint8, device=x.device)
+        workspace = x.new_empty(self._workspace, dtype=torch.uint8) if self._workspace else None
         stream = c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
         self._call(
-            "Matmul", self._it, byref(c_float(1)), _at(compressed), _at(x), byref(c_float(0)), _at(out),
-            _at(out), _at(workspace), byref(stream), 1,
+            "Matmul", self._it, ONE, _at(compressed), _at(x), ZERO, _at(out), _at(out),
+            workspace if workspace is None else _at(workspace), byref(stream), 1,
         )  # fmt: skip
 
     def _set_bias(self, address: int) -> None:

@@ -7,6 +7,8 @@ which rows use which: a CUDA graph captured once serves every later swap.
 
 import logging
 import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +37,8 @@ FEW_TILES = [
     ({"ROWS": 32, "OUTS": 32, "STAGES": 3}, {"num_warps": 2}, 4),
 ]
 """Tiles of `linear_kernel` for up to so many rows; how many of its programs a multiprocessor has room for."""
+TOGETHER = 64 << 20
+"""Bytes of packed masks of one shape that are on the GPU at a time, on the way to slots."""
 MANY_TILE, MANY_OPTIONS = {"ROWS": 128, "OUTS": 128, "INS": 64}, {"num_warps": 8, "num_stages": 3}
 
 
@@ -87,10 +91,22 @@ def slot_bytes(outs: int, ins: int) -> int:
     return 4 * Layout.make(outs, ins, sparse_prefill=True).words
 
 
-def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
-    """Make a mask resident in a slot, from its packed codes (out, row_bytes) uint8 on the GPU or pinned."""
-    _check_slots(slots, weight)
-    _fill(Layout.of(weight), slots, slot, weight, packed.to(weight.device, non_blocking=True))
+def fill_layers(slot: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Make a mask resident in a slot of each of some layers: of (slots, weight (out, in), packed codes).
+
+    The codes (out, bytes) uint8 are on the GPU or in host memory, from where they come without a wait if it
+    is pinned. Layers of one shape are written by two launches.
+    """
+    waiting: defaultdict[Layout, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    for slots, weight, packed in layers:
+        _check_slots(slots, weight)
+        layout = Layout.of(weight)
+        some = waiting[layout]
+        some.append((slots, weight, packed.to(weight.device, non_blocking=True).contiguous()))
+        if len(some) * packed.nbytes >= TOGETHER:
+            _fill(layout, slot, waiting.pop(layout))
+    for layout, some in waiting.items():
+        _fill(layout, slot, some)
 
 
 def linear(
@@ -110,7 +126,7 @@ def linear(
     """
     cpu.check(x, weight, row_slots, bias)
     _check_slots(slots, weight)
-    if present and not DENSE <= min(present) <= max(present) < len(slots):
+    if present and not DENSE <= min(present) <= max(present) < slots.shape[0]:
         raise ValueError(f"rows use slots {sorted(present)}, and there are {len(slots)}")
     row_slots = cpu.int32(row_slots)
     if x.dtype != weight.dtype:
@@ -137,8 +153,8 @@ def _check_slots(slots: Tensor, weight: Tensor) -> None:
             f"slots {tuple(slots.shape)} of {slots.dtype} do not fit a weight {tuple(weight.shape)} of "
             f"{weight.dtype}: they must be (count, {words}) of int32, and it bfloat16 or float16, contiguous"
         )
-    if (slots.data_ptr() | weight.data_ptr()) % 8:
-        raise ValueError("slots and weight must begin at multiples of 8 bytes, as whole groups are read")
+    if (slots.data_ptr() | weight.data_ptr()) % 16:
+        raise ValueError("slots and weight must begin at multiples of 16 bytes, as whole groups are read")
 
 
 @dataclass(frozen=True)
@@ -183,7 +199,7 @@ def prefill(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> di
         masked = torch.where(mask, weight, 0)
         layout = Layout.make(outs, ins, True)
         slots = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
-        _fill(layout, slots, 0, weight, pack(encode(mask)))
+        _fill(layout, 0, [(slots, weight, pack(encode(mask)))])
         compressed = _compressed(slots, 0, weight)
         if not torch.equal(compressed.view(torch.int16), cusparselt.compress(masked).view(torch.int16)):
             return {}
@@ -200,30 +216,34 @@ def _knows_order(device: torch.device) -> bool:
     layout = Layout.make(64, 128, True)
     slots = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
     ones = torch.ones(64, 128, dtype=torch.bfloat16, device=device)
-    _fill(layout, slots, 0, ones, pack(encode(mask)), ours=True)
+    _fill(layout, 0, [(slots, ones, pack(encode(mask)))], ours=True)
     expected = cusparselt.compress(mask.to(ones.dtype))
     return torch.equal(_compressed(slots, 0, ones).view(torch.int16), expected.view(torch.int16))
 
 
 def _fill(
-    layout: Layout, slots: Tensor, slot: int, weight: Tensor, packed: Tensor, ours: bool | None = None
+    layout: Layout, slot: int, layers: Sequence[tuple[Tensor, Tensor, Tensor]], ours: bool | None = None
 ) -> None:
     """Values and indices by one kernel, and metadata by another where it writes what the library does.
 
     Elsewhere the library compresses the mask itself, as its ones cannot be mistaken for dropped weights:
     slow, and it waits for the GPU. `ours` forces the kernel.
     """
-    kernels.fill_kernel[layout.outs, _tiles(layout.groups, 1024)](
-        weight, packed, slots, slot, layout.groups, packed.shape[1], layout.words, layout.indices_at,
-        GROUPS=1024, num_warps=8,
-    )  # fmt: skip
+    device, row_bytes = layers[0][0].device, layers[0][2].shape[1]
+    addresses = torch.tensor(
+        [[tensor.data_ptr() for tensor in each] for each in layers], pin_memory=device.type == "cuda"
+    ).to(device, non_blocking=True)
+    kernels.fill_kernel[layout.outs, _tiles(layout.groups, 1024), len(layers)](
+        addresses, slot, layout.groups, row_bytes, layout.words, layout.indices_at, GROUPS=1024, num_warps=8
+    )
     if not layout.metadata:
         return
-    if ours or _knows_order(weight.device):
-        kernels.metadata_kernel[_tiles(layout.outs * _tiles(layout.groups, 32), 512),](
-            slots, slot, layout.outs, layout.groups, layout.words, layout.indices_at, UNITS=512
+    if ours or _knows_order(device):
+        kernels.metadata_kernel[_tiles(layout.outs * _tiles(layout.groups, 32), 512), len(layers)](
+            addresses, slot, layout.outs, layout.groups, layout.words, layout.indices_at, UNITS=512
         )
-    else:
+        return
+    for slots, weight, packed in layers:
         mask = expand(unpack(packed, layout.groups)).to(weight.dtype)
         at = layout.outs * layout.groups
         metadata = cusparselt.compress(mask).view(torch.int32)[at:]
@@ -292,7 +312,7 @@ def _one_slot(x: Tensor, weight: Tensor, slots: Tensor, slot: int, bias: Tensor 
     for most_rows, number in prefill(*weight.shape, weight.dtype, weight.device).items():
         if x.shape[0] <= most_rows:
             try:
-                return cusparselt.linear(x, _compressed(slots, slot, weight), weight.shape[0], bias, number)
+                return cusparselt.linear(x, slots[slot], weight.shape[0], bias, number)
             except RuntimeError as error:
                 logger.warning("%d rows of %s are multiplied dense: %s", len(x), tuple(weight.shape), error)
                 break

@@ -386,9 +386,7 @@ def expand_kernel(
 
 @triton.jit(do_not_specialize=["slot"])
 def fill_kernel(
-    weight,  # (outs, ins)
-    packed,  # (outs, row_bytes) uint8
-    slots,  # (count, slot_words) int32
+    layers,  # (layers, 3) int64: the addresses of a layer's slots, weight and packed mask
     slot,
     groups,
     row_bytes,
@@ -396,15 +394,19 @@ def fill_kernel(
     indices_at,
     GROUPS: tl.constexpr,
 ):
-    """Write a mask's kept values and indices into a slot; grid (outs, group tiles).
+    """Write kept values and indices into a slot of each of the layers; grid (outs, group tiles, layers).
 
-    3.2 bytes a weight pass: 2 of the dense weight, 1 + 1/8 of the slot, 1/12 of the packed mask. The
-    values are moved as integers, so none of them changes, whatever it is.
+    They have one shape: weights (outs, ins) and packed masks (outs, row_bytes) uint8. 3.2 bytes a weight
+    pass: 2 of the dense weight, 1 + 1/8 of the slot, 1/12 of the packed mask. The values are moved as
+    integers, so none of them changes, whatever it is.
     """
     row = tl.program_id(0)
     g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    slots += slot.to(tl.int64) * slot_words
-    weight = weight.to(tl.pointer_type(tl.int64), bitcast=True) + row.to(tl.int64) * groups
+    layers += 3 * tl.program_id(2)
+    slots = _slot(layers, slot, slot_words)
+    weight = tl.multiple_of(tl.load(layers + 1).to(tl.pointer_type(tl.int64)), 16)
+    weight += row.to(tl.int64) * groups
+    packed = tl.load(layers + 2).to(tl.pointer_type(tl.uint8))
     group = tl.load(weight + g, mask=g < groups, other=0)
     code = _code(packed, row, g, groups, row_bytes)
     places = 0xED9C84 >> (4 * code)  # 01, 02, 03, 12, 13, 23: the first in two bits, the second in two
@@ -420,6 +422,13 @@ def fill_kernel(
     row_indices = tl.cdiv(groups, BLOCK) * WIDTH
     indices = (slots + indices_at).to(tl.pointer_type(tl.uint8), bitcast=True) + row * row_indices
     tl.store(indices + q, (low | high << 4).to(tl.uint8), mask=q < row_indices)
+
+
+@triton.jit
+def _slot(layers, slot, slot_words):
+    """A slot of the layer whose addresses `layers` begins with."""
+    slots = tl.multiple_of(tl.load(layers).to(tl.pointer_type(tl.int32)), 16)
+    return slots + slot.to(tl.int64) * slot_words
 
 
 @triton.jit
@@ -441,7 +450,7 @@ def _code(packed, row, g, groups, row_bytes):
 
 @triton.jit(do_not_specialize=["slot"])
 def metadata_kernel(
-    slots,  # (count, slot_words) int32
+    layers,  # as of fill_kernel
     slot,
     outs,
     groups,
@@ -449,7 +458,7 @@ def metadata_kernel(
     indices_at,
     UNITS: tl.constexpr,
 ):
-    """Write a filled slot's metadata for cuSPARSELt on sm_90; grid (unit tiles,).
+    """Write a filled slot's metadata for cuSPARSELt on sm_90; grid (unit tiles, layers).
 
     `outs` is a multiple of 64 and `groups` of 8. Tiles of 64 rows and 8 groups follow each other along the
     row, 128 words of 16 bits each. A word is the places of groups g and g + 4 in rows r and r + 8,
@@ -461,7 +470,7 @@ def metadata_kernel(
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     inside = unit < outs * blocks
     eight, half, block, rows = unit % 8, unit // 8 % 2, unit // 16 % blocks, unit // 16 // blocks
-    slots += slot.to(tl.int64) * slot_words
+    slots = _slot(layers + 3 * tl.program_id(1), slot, slot_words)
     indices = (slots + indices_at).to(tl.pointer_type(tl.int64), bitcast=True)
     at = (rows * 16 + eight) * (2 * blocks) + 2 * block + half
     upper = _places(tl.load(indices + at, mask=inside, other=0))

@@ -54,6 +54,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from maskllm.capacity import Capacity, measure, measure_gpu
 from maskllm.core.base import is_bf16
+from maskllm.kernels.gpu import FEW_ROWS
 from maskllm.kernels.masked_linear import backend, bf16_on_cpu, holds_bf16
 from server.bounds import BoundedHttp
 from server.engine.linear import NAME
@@ -531,23 +532,27 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         ours["dtype"] = "bfloat16" if bf16_on_cpu() and is_bf16(folder) else "float32"
         # vLLM's own default is 92 % of the machine's memory, and no start where that is not free.
         ours["kv-cache-memory-bytes"] = str(1 << 30)
+    else:
+        # Masks are read into pinned memory, of which torch would take the next power of two and keep it.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_cached_size_mb:1")
+        # Graphs are for the kernels of few rows: more rows are faster where the host says whose they are.
+        ours["max-cudagraph-capture-size"] = str(FEW_ROWS)
     argv = [word for name, value in ours.items() for word in (f"--{name}", value)]
     parser = make_arg_parser(FlexibleArgumentParser(prog="maskllm serve"))
-    # Models are compiled where they can be: 34 -> 23 ms for a step of a 300 M model. On a GPU vLLM would
-    # capture graphs, too, and the reference operator asks which slots a step uses.
-    compiler = shutil.which(os.environ.get("CXX", "g++")) and _has_python_headers()
-    compiled = current_platform.is_cpu() and compiler
-    if not compiled:
-        why = "g++ or Python.h is missing" if current_platform.is_cpu() else "it is on a GPU"
-        logger.info("the model is not compiled, as %s", why)
-    if current_platform.is_cpu() and not compiler:
+    # Models are compiled where they can be: 34 -> 23 ms for a step of a 300 M model on a CPU.
+    not_compiled = _not_compiled()
+    if not_compiled and current_platform.is_cpu():
         # vLLM's sampler compiles what counts ranks, whatever the model does: logprobs would end the engine.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
     flags = ["--enable-lora", "--disable-uvicorn-access-log"]  # the request log says more
-    if not compiled:
+    if not_compiled:
         flags.append("--enforce-eager")
     args = parser.parse_args([*argv, *flags, *settings.engine])
     validate_parsed_serve_args(args)
+    if not current_platform.is_cpu() and args.dtype in ("float", "float32"):
+        not_compiled, args.enforce_eager = "float32 has no kernels on a GPU", True
+    if not_compiled:
+        logger.info("the model is not compiled, as %s", not_compiled)
     if args.api_key or envs.VLLM_API_KEY:
         raise BadOptions("--api-key and VLLM_API_KEY: make a key with `maskllm key ID`, and use --keys FILE")
     if args.distributed_executor_backend == "ray" and not current_platform.ray_device_key:
@@ -564,7 +569,7 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         "quantization": NAME,
         "worker_extension_cls": ours["worker-extension-cls"],
         "additional_config": config,
-        **({} if compiled else {"enforce_eager": True}),
+        **({"enforce_eager": True} if not_compiled else {}),
         "served_model_name": [settings.name],
         "scheduler_cls": None,
         # Masks are divided by tensor parallelism only, and one API process holds their state.
@@ -587,6 +592,21 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
             hint = ours_for.get(option, "leave the option out")
             raise BadOptions(f"--{option.replace('_', '-')} {given} does not work with masks yet: {hint}")
     return args
+
+
+def _not_compiled() -> str | None:
+    """Why the model is not compiled, nor captured in CUDA graphs; None where it is.
+
+    No GPU is looked at but by NVML, as that would take some of its memory for this process.
+    """
+    if current_platform.is_cpu():
+        compiler = shutil.which(os.environ.get("CXX", "g++")) and _has_python_headers()
+        return None if compiler else "g++ or Python.h is missing"
+    if os.environ.get("MASKLLM_BACKEND") == "reference":
+        return "MASKLLM_BACKEND=reference"  # which asks what slots a step uses
+    if not current_platform.has_device_capability(80):
+        return "the GPU is older than the kernels"
+    return None
 
 
 def _check_tls(args: Namespace) -> None:

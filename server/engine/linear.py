@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from maskllm.kernels import cpu
+from maskllm.kernels import DENSE, cpu
 from maskllm.kernels.masked_linear import bf16_on_cpu, multiply
 
 NAME = "maskllm"
@@ -29,21 +29,45 @@ row_slots: Tensor | None = None
 One value for the whole process, as one step runs at a time: the mask manager writes it between
 steps, by `begin_step`, and every masked layer reads it.
 """
-present: list[int] = []
-"""The slots in `row_slots`."""
+padded: Tensor | None = None
+"""`row_slots` and more of its last slot, for steps that vLLM pads to a captured CUDA graph's rows."""
+present: list[int] | None = []
+"""The slots in `row_slots`; None while a CUDA graph is captured, which is to serve any."""
+_fixed: Tensor | None = None
+"""Where captured CUDA graphs read every step's `row_slots`."""
 
 
-def begin_step(slots: list[int] | None, device: torch.device) -> None:
-    """The slot of every token row of the step about to run; None where nothing has a mask."""
-    global row_slots, present
-    # From pinned memory, which torch keeps until it is copied, a GPU takes them without a wait of the host's.
-    pinned = device.type == "cuda"
-    row_slots = None
-    if slots is not None:
-        row_slots = torch.tensor(slots, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=True)
-    present = sorted(set(slots or []))
+def reserve(rows: int, device: torch.device) -> None:
+    """Make room for the slots of so many rows on a GPU, before any graph is captured."""
+    global _fixed
+    _fixed = torch.full((rows,), DENSE, dtype=torch.int32, device=device)
+
+
+def begin_step(slots: list[int] | None, device: torch.device, captured_rows: int = 0) -> None:
+    """The slot of every token row of the step about to run; None where nothing has a mask.
+
+    On a GPU they go where captured graphs find them, of which the largest has `captured_rows`.
+    """
+    global row_slots, padded, present
+    row_slots, present = None, sorted(set(slots or []))
     if device.type == "cpu":
+        row_slots = padded = None if slots is None else torch.tensor(slots, dtype=torch.int32)
         cpu.begin_step(row_slots)
+    elif slots is not None:
+        assert _fixed is not None, "reserve comes first"
+        # Rows past the step's own repeat its last slot, or they would add one to what a kernel reads.
+        more = slots + slots[-1:] * (captured_rows - len(slots))
+        padded = _fixed[: len(more)]
+        # From pinned memory, which torch keeps until it is copied, they come without a wait of the host's.
+        padded.copy_(torch.tensor(more, dtype=torch.int32, pin_memory=True), non_blocking=True)
+        row_slots = padded[: len(slots)]
+
+
+def begin_capture(rows: int, device: torch.device) -> None:
+    """A CUDA graph is about to be captured that serves any slots: its kernels are not chosen by which."""
+    global present
+    begin_step([0] * rows, device)
+    present = None
 
 
 class MaskConfig(QuantizationConfig):
@@ -179,15 +203,17 @@ def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Ten
     An operator of its own, as a compiled graph sees nothing of `row_slots`, which it would freeze.
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if row_slots is None or rows.shape[0] < row_slots.shape[0]:  # or these are not the step's tokens
+    never_masked = slots.dtype == torch.bool and present is None  # as its inputs are no whole groups of 4
+    if row_slots is None or rows.shape[0] < row_slots.shape[0] or never_masked:  # or these are no tokens
         if x.dtype == weight.dtype or x.is_cuda:
             return functional.linear(x, weight, bias)
         out = cpu.dense(rows, weight, bias)
     else:
-        padding = rows.shape[0] - row_slots.shape[0]
-        # Rows past the step's own repeat its last slot, or they would add one to what a kernel reads.
-        padded = torch.cat([row_slots, row_slots[-1:].expand(padding)]) if padding else row_slots
-        out = multiply(rows, weight, slots, padded, bias, present)
+        assert padded is not None
+        of_rows = padded[: rows.shape[0]]
+        if padding := rows.shape[0] - of_rows.shape[0]:
+            of_rows = torch.cat([of_rows, of_rows[-1:].expand(padding)])
+        out = multiply(rows, weight, slots, of_rows, bias, present)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
 

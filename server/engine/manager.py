@@ -14,11 +14,12 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping
@@ -28,7 +29,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from maskllm.core import maskset
 from maskllm.core.maskset import MaskError, MaskSet
 from maskllm.kernels import DENSE, cpu
-from maskllm.kernels.masked_linear import allocate, fill
+from maskllm.kernels.masked_linear import allocate, fill_layers
 from server.engine import linear
 from server.engine.shards import Shard, shard, shards
 from server.metrics import SWAP_SECONDS
@@ -45,6 +46,11 @@ class MaskManager:
     def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: object) -> None:  # noqa: ARG002
         self.device = device
         self.slots = vllm_config.lora_config.max_loras
+        # CUDA graphs, which serve any resident masks, have kernels for no others than 2:4.
+        self.captures = device.type != "cpu" and not vllm_config.model_config.enforce_eager
+        self.captured_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        if device.type != "cpu":
+            linear.reserve(vllm_config.scheduler_config.max_num_batched_tokens + self.captured_rows, device)
         self.mask_dtype = MASK_DTYPES[vllm_config.additional_config.get("mask_dtype", "auto")]
         self.names: dict[int, str] = {}
         self.packed: dict[int, MaskSet] = {}
@@ -163,6 +169,9 @@ class MaskManager:
 
         `mapping.index_mapping` is the mask id of every token row, 0 for dense.
         """
+        if self.captures and not self.dummies.isdisjoint(mapping.index_mapping):
+            linear.begin_capture(len(mapping.index_mapping), self.device)
+            return
         wanted = [i for i in dict.fromkeys(mapping.index_mapping) if i and i not in self.dummies]
         assert all(i in self.packed for i in wanted), "the API loads a mask before its first request"
         for mask_id in wanted:
@@ -173,7 +182,7 @@ class MaskManager:
                 self._swap_in(mask_id, keep=wanted)
         if wanted or self.device.type == "cpu":  # where the kernels beat torch on a few dense rows, too
             slots = [self.resident.get(mask_id, DENSE) for mask_id in mapping.index_mapping]
-            linear.begin_step(slots, self.device)
+            linear.begin_step(slots, self.device, self.captured_rows)
         else:
             linear.begin_step(None, self.device)
 
@@ -223,11 +232,16 @@ class MaskManager:
         file, _, sha256 = path.rpartition("#")
         parts = {name: part for parts in self.parts.values() for name, part in parts.items()}
         most = maskset.most_bytes(part.whole for part in parts.values())
-        mask_set = maskset.reload(Path(file), sha256, most)
+        mask_set = maskset.reload(Path(file), sha256, most, pinned=self.device.type == "cuda")
         for layer, shape in mask_set.shapes.items():
             if layer not in parts or parts[layer].whole != shape:
                 has = parts[layer].whole if layer in parts else None
                 raise MaskError(f"layer {layer} is {shape}, but {has} in the engine's model")
+        if self.captures and not all(map(partial(_for_kernels, mask_set), self.parts.values())):
+            raise MaskError(
+                f"it is {mask_set.n}:{mask_set.m} or leaves out parts of layers, which are served without "
+                "CUDA graphs only: start the server with --enforce-eager"
+            )
         return shard(mask_set, parts), time.perf_counter() - begin
 
     def _swap_in(self, mask_id: int, keep: list[int]) -> None:
@@ -241,22 +255,33 @@ class MaskManager:
         if slot is None:
             others = [i for i in self.resident if i not in keep]
             slot = self.resident.pop(min(others, key=lambda i: i in self.pinned))
-        for name in self.layers:
-            self._fill(name, slot, mask_id)
+        self._fill(self.layers, slot, mask_id)
         self.resident[mask_id] = slot
         self._count("host", self.names[mask_id], time.perf_counter() - begin)
 
-    def _fill(self, name: str, slot: int, mask_id: int) -> None:
-        """Write one layer's mask, put together from its parts; a part without one keeps all.
+    def _fill(self, names: Iterable[str], slot: int, mask_id: int) -> None:
+        """Write a mask into a slot of these layers, each put together from its parts."""
+        mask_set = self.packed[mask_id]
+        fast = [name for name in names if _for_kernels(mask_set, self.parts[name])]
 
-        Kernels take 2:4 masks of the whole layer. The first other one turns the layer's slots into the
-        reference's, which take any mask, for good.
+        def layer(name: str) -> tuple[Tensor, Tensor, Tensor]:
+            on_device = (
+                mask_set.packed[part].to(self.device, non_blocking=True) for part in self.parts[name]
+            )
+            of = self.layers[name]
+            return of.get_buffer("slots"), of.get_parameter("weight"), torch.cat([*on_device])
+
+        fill_layers(slot, map(layer, fast))
+        for name in names:
+            if name not in fast:
+                self._fill_without_kernels(name, slot, mask_id)
+
+    def _fill_without_kernels(self, name: str, slot: int, mask_id: int) -> None:
+        """Write any mask into a slot; a part that it leaves out keeps all.
+
+        The first such mask turns the layer's slots into the reference's, for good.
         """
         layer, parts, mask_set = self.layers[name], self.parts[name], self.packed[mask_id]
-        if (mask_set.n, mask_set.m) == (2, 4) and parts.keys() <= mask_set.shapes.keys():
-            packed = torch.cat([mask_set.packed[part] for part in parts])
-            fill(layer.get_buffer("slots"), slot, layer.get_parameter("weight"), packed)
-            return
         if layer.get_buffer("slots").dtype != torch.bool:
             logger.warning(
                 "layer %s is served without kernels from now on: mask %s is %d:%d in %d of its %d parts",
@@ -265,7 +290,7 @@ class MaskManager:
             )
             layer.slots = allocate(layer.get_parameter("weight"), self.slots, torch.bool)
             for resident, its_slot in self.resident.items():
-                self._fill(name, its_slot, resident)
+                self._fill([name], its_slot, resident)
         masks = [
             mask_set.mask(part) if part in mask_set.shapes else torch.ones(own.shape, dtype=torch.bool)
             for part, own in parts.items()
@@ -295,6 +320,11 @@ class MaskWorker:
         runner = self.model_runner  # type: ignore[attr-defined]
         manager: MaskManager = runner.lora_manager
         return manager.stats() | {"kv_bytes": sum(cache.nbytes for cache in runner.kv_caches)}
+
+
+def _for_kernels(mask_set: MaskSet, parts: dict[str, Shard]) -> bool:
+    """Whether kernels take a mask of a layer put together from these parts: 2:4, and of all of them."""
+    return (mask_set.n, mask_set.m) == (2, 4) and parts.keys() <= mask_set.shapes.keys()
 
 
 def _refusal(error: BaseException, file: str) -> str:

@@ -42,9 +42,9 @@ ROWS_OF_SLOT = {
     "x": "*bf16", "weight": "*bf16", "row_slots": "*i32", "slot": "i32", "bias": "*bf16", "out": "*bf16",
     "rows": "i32", "outs": "i32", "ins": "i32", "x_stride": "i32",
 }  # fmt: skip
-FILL = SLOT | {"weight": "*bf16", "packed": "*u8", "row_bytes": "i32", "GROUPS": 1024}
+FILL = SLOT | {"layers": "*i64", "row_bytes": "i32", "GROUPS": 1024}
 EXPAND = SLOT | {"used": "*u1", "out": "*bf16", "GROUPS": 1024}
-METADATA = SLOT | {"outs": "i32", "UNITS": 512}
+METADATA = SLOT | {"layers": "*i64", "outs": "i32", "UNITS": 512}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -144,7 +144,7 @@ def layer(outs, ins, dtype, count=4):
     masks = torch.stack([best(torch.rand(outs, ins)) for _ in range(count)])
     slots = gpu.allocate(weight, count, dtype)
     for slot, mask in enumerate(masks):
-        gpu.fill(slots, slot, weight, pack(encode(mask)).pin_memory())
+        gpu.fill_layers(slot, [(slots, weight, pack(encode(mask)).pin_memory())])
     return weight, masks.cuda(), slots
 
 
@@ -185,7 +185,7 @@ def test_a_captured_graph_stays_right_when_masks_and_rows_change(rows):
         out = gpu.linear(x, weight, slots, row_slots)
     for step in range(6):
         masks[step % 4] = best(torch.rand(512, 1024, device="cuda"))
-        gpu.fill(slots, step % 4, weight, pack(encode(masks[step % 4])))
+        gpu.fill_layers(step % 4, [(slots, weight, pack(encode(masks[step % 4])))])
         row_slots.copy_(torch.randint(-1, 1 + step % 4, (rows,), dtype=torch.int32))
         x.normal_()
         graph.replay()

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from maskllm.core.patterns import pack
 from maskllm.kernels import DENSE, cpu
 from maskllm.kernels.masked_linear import allocate, fill
+from server.engine import linear
 from server.engine.linear import MaskConfig, begin_step
 
 CPU = torch.device("cpu")
@@ -207,17 +208,32 @@ def test_a_bfloat16_checkpoint_is_held_so_in_a_model_of_float32(monkeypatch):
     assert layer(torch.ones(1, 2, 64))[0].shape == (1, 2, 32)
 
 
-def test_a_gpu_takes_a_step_s_slots_without_a_wait(monkeypatch):
-    """Pinned memory is copied beside the host, which goes on."""
-    done = []
+def test_captured_graphs_find_each_step_s_slots_in_one_place_and_no_step_waits(monkeypatch):
+    """Graphs of up to 4 rows; a step that is padded to one's rows repeats its last slot."""
+    done, tensor = [], torch.tensor
 
-    class Slots:
-        def to(self, device, non_blocking):
-            done.append((device.type, non_blocking))
+    class Pinned:
+        def __init__(self, slots, **how):
+            done.append(how)
+            self.slots = tensor(slots, dtype=torch.int32)
 
-    monkeypatch.setattr(torch, "tensor", lambda *_, **how: done.append(how) or Slots())
-    begin_step([1, DENSE], torch.device("cuda"))
-    assert done == [{"dtype": torch.int32, "pin_memory": True}, ("cuda", True)]
+    def copy(self, source, non_blocking):
+        done.append(non_blocking)
+        self.data.add_(source.slots - self)
+
+    linear.reserve(8, CPU)
+    monkeypatch.setattr(torch, "tensor", Pinned)
+    monkeypatch.setattr(Tensor, "copy_", copy)
+    for slots, padded in (([1, DENSE], [1, DENSE, DENSE, DENSE]), ([0, 1, 1, 0, 2], [0, 1, 1, 0, 2])):
+        begin_step(slots, torch.device("cuda"), captured_rows=4)
+        assert (linear.row_slots.tolist(), linear.padded.tolist()) == (slots, padded)
+        assert linear.present == sorted(set(slots))
+        assert linear.row_slots.data_ptr() == linear.padded.data_ptr() == linear._fixed.data_ptr()
+    assert done == [{"dtype": torch.int32, "pin_memory": True}, True] * 2
+    linear.begin_capture(2, torch.device("cuda"))
+    assert (linear.row_slots.tolist(), linear.present) == ([0, 0], None)
+    begin_step(None, torch.device("cuda"))
+    assert linear.row_slots is None
 
 
 def test_a_slot_that_is_not_there_is_an_error():

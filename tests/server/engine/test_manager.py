@@ -11,6 +11,8 @@ from vllm.lora.request import LoRARequest
 
 from maskllm.core import maskset
 from maskllm.core.maskset import MaskSet
+from maskllm.kernels import DENSE
+from server.engine import linear
 from server.engine.manager import MaskManager
 from server.engine.shards import Shard
 from server.metrics import SWAP_SECONDS
@@ -88,6 +90,40 @@ def test_a_file_that_cannot_be_read_any_more_is_refused_with_its_reason_and_leav
     assert not any(manager.add_adapter(request) for request in (wrong, gone, folder, changed))
     assert (manager.packed, manager.names, manager.reads) == ({}, {}, {})
     assert manager.stats()["swaps"] == {}
+
+
+@pytest.mark.parametrize(
+    ("n", "layers", "message"),
+    [(1, [LAYER], "it is 1:4 or leaves out"), (2, [], "it is 2:4 or leaves out")],
+)
+def test_where_cuda_graphs_serve_a_mask_that_kernels_do_not_take_is_refused(
+    manager, tmp_path, n, layers, message
+):
+    """A captured graph would go on reading the slots that such a mask replaces by the reference's."""
+    manager.parts = {LAYER: {LAYER: Shard((2, 8), (range(2),), range(8))}}
+    packed = {layer: torch.zeros(2, 1, dtype=torch.uint8) for layer in layers}
+    path = tmp_path / "odd.safetensors"
+    sha256 = maskset.save(MaskSet(n, 4, "base", dict.fromkeys(layers, (2, 8)), packed), path)
+    request = LoRARequest("odd", 1, f"{path}#{sha256}")
+    assert until_read(manager, request) == ""
+    manager.remove_adapter(1)
+    manager.captures = True
+    assert message in until_read(manager, request)
+    assert "start the server with --enforce-eager" in until_read(manager, request)
+
+
+def test_a_graph_is_captured_for_any_masks_with_vllm_s_stand_ins_and_for_none_without(manager, monkeypatch):
+    noted = []
+    manager.device, manager.captures, manager.captured_rows = torch.device("cuda"), True, 64
+    monkeypatch.setattr(linear, "begin_capture", lambda rows, _: noted.append(rows))
+    monkeypatch.setattr(linear, "begin_step", lambda *step: noted.append(step))
+    manager.add_dummy_lora(LoRARequest("warmup_1", 1, "/none"), 8)
+    manager.set_active_adapters((), LoRAMapping((1, 1, 1), (1, 1, 1)))
+    manager.set_active_adapters((), LoRAMapping((0, 0), (0, 0)))
+    manager.remove_all_adapters()
+    manager.packed[1], manager.resident[1] = MaskSet(2, 4, "base", {}, {}), 1
+    manager.set_active_adapters((), LoRAMapping((1, 0), (1, 0)))
+    assert noted == [3, (None, manager.device), ([1, DENSE], manager.device, 64)]
 
 
 def test_a_load_that_nobody_waits_for_any_more_leaves_nothing(manager, tmp_path):
