@@ -535,6 +535,8 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     else:
         # Masks are read into pinned memory, of which torch would take the next power of two and keep it.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_cached_size_mb:1")
+        # A forked engine could use no GPU once anything here, a library's import say, has asked for one.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         # Graphs are for the kernels of few rows: more rows are faster where the host says whose they are.
         ours["max-cudagraph-capture-size"] = str(FEW_ROWS)
     argv = [word for name, value in ours.items() for word in (f"--{name}", value)]

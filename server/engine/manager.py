@@ -10,7 +10,7 @@ mask that is not resident.
 import ctypes
 import time
 from bisect import bisect_left
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -62,6 +62,8 @@ class MaskManager:
         self.pinned: set[int] = set()
         self.dummies: set[int] = set()
         self.base_bytes = 0
+        # A GPU's swaps that were not done when last looked: the mask, and events before and after.
+        self.under_way: deque[tuple[str, list[torch.cuda.Event]]] = deque()
         # By source: how many swaps fell into each bucket of SWAP_SECONDS, and the seconds of them all.
         self.swaps: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(SWAP_SECONDS) + 1))
         self.swap_seconds: defaultdict[str, float] = defaultdict(float)
@@ -169,7 +171,8 @@ class MaskManager:
 
         `mapping.index_mapping` is the mask id of every token row, 0 for dense.
         """
-        if self.captures and not self.dummies.isdisjoint(mapping.index_mapping):
+        on_gpu = self.device.type != "cpu"
+        if on_gpu and self.dummies and not self.dummies.isdisjoint(mapping.index_mapping):
             linear.begin_capture(len(mapping.index_mapping), self.device)
             return
         wanted = [i for i in dict.fromkeys(mapping.index_mapping) if i and i not in self.dummies]
@@ -180,7 +183,7 @@ class MaskManager:
         for mask_id in wanted:
             if mask_id not in self.resident:
                 self._swap_in(mask_id, keep=wanted)
-        if wanted or self.device.type == "cpu":  # where the kernels beat torch on a few dense rows, too
+        if wanted or not on_gpu:  # where the kernels beat torch on a few dense rows, too
             slots = [self.resident.get(mask_id, DENSE) for mask_id in mapping.index_mapping]
             linear.begin_step(slots, self.device, self.captured_rows)
         else:
@@ -188,6 +191,9 @@ class MaskManager:
 
     def stats(self) -> dict[str, Any]:
         """What the metrics show of this worker; bytes by mask, swaps by source."""
+        while self.under_way and self.under_way[0][1][-1].query():  # type: ignore[no-untyped-call]
+            name, (begin, end) = self.under_way.popleft()
+            self._count("host", name, begin.elapsed_time(end) / 1e3)
         slot_bytes = sum(layer.get_buffer("slots")[0].nbytes for layer in self.layers.values())
         resident, packed = Counter[str](), Counter[str]()
         for mask_id, mask_set in self.packed.items():
@@ -207,6 +213,7 @@ class MaskManager:
 
     def forget(self, name: str) -> None:
         """Drop the counts of a mask that is no more."""
+        self.under_way = deque(each for each in self.under_way if each[0] != name)
         for counts in self.swapped.values():
             counts.pop(name, None)
 
@@ -250,6 +257,7 @@ class MaskManager:
         Pinned masks come last: a step with more other masks than the pins leave slots for must run, too.
         """
         begin = time.perf_counter()
+        events = self._event()
         taken = set(self.resident.values())
         slot = next((s for s in range(self.slots) if s not in taken), None)
         if slot is None:
@@ -257,7 +265,19 @@ class MaskManager:
             slot = self.resident.pop(min(others, key=lambda i: i in self.pinned))
         self._fill(self.layers, slot, mask_id)
         self.resident[mask_id] = slot
-        self._count("host", self.names[mask_id], time.perf_counter() - begin)
+        events += self._event()
+        if events:
+            self.under_way.append((self.names[mask_id], events))
+        else:
+            self._count("host", self.names[mask_id], time.perf_counter() - begin)
+
+    def _event(self) -> list[torch.cuda.Event]:
+        """This moment of a GPU's work, which is told what to do before it does it."""
+        if self.device.type != "cuda":
+            return []
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return [event]
 
     def _fill(self, names: Iterable[str], slot: int, mask_id: int) -> None:
         """Write a mask into a slot of these layers, each put together from its parts."""

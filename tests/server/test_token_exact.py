@@ -2,12 +2,13 @@
 
 import asyncio
 import itertools
+import shutil
 from functools import cache
 
 import httpx
 import pytest
 import torch
-from running import BASE, MASKS, SLOTS, Server, bearer
+from running import BASE, MASKS, SLOTS, Server, bearer, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.core import maskset
@@ -25,7 +26,8 @@ STARTS = [
 # A prefix longer than a KV block (128 tokens on CPU), so that requests under different masks share
 # cacheable prompt blocks and would read each other's if the cache did not know masks apart.
 SHARED = "The court held that the rule applies to every person who files a claim under this title. " * 12
-NEAR = 1e-3
+NEAR, FAR = 1e-3, 0.5
+"""Logits that fp32 may take for equal; and logits that bfloat16 never does."""
 
 
 def requests() -> list[dict[str, object]]:
@@ -70,6 +72,13 @@ def is_near_tie(model, ids: list[int]) -> bool:
     return bool(first - second <= NEAR)
 
 
+@torch.no_grad()
+def distance(model, prompt: list[int], tokens: list[int]) -> float:
+    """How far the logit of a token is from the best one at most, each after those before it."""
+    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    return float((logits.max(-1).values - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]).max())
+
+
 @cache
 def generated(model, prompt: tuple[int, ...], tokens: int) -> list[int]:
     """What Hugging Face answers, which does not change from one question to the next."""
@@ -107,6 +116,31 @@ def test_requests_that_stand_still_while_others_have_their_turn_go_on_exactly(se
     results = [compare(models[b["mask"]], tokenizer, b, c) for b, c in zip(bodies, choices, strict=True)]
     assert [r for r in results if r.startswith("differs")] == []
     assert results.count("equal") >= 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--enforce-eager"]], ids=["captured", "eager"])
+def test_a_gpu_answers_with_tokens_that_the_masked_model_itself_likes_best_or_nearly(
+    tmp_path, models, options
+):
+    """Its kernels have no fp32, and rounding to bfloat16 decides between logits that are near.
+
+    More masks than slots, and more rows than CUDA graphs are captured for, while prompts are read.
+    """
+    shutil.copytree(MASKS, tmp_path / "masks")
+    options = ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.2", *options]
+    tokenizer, bodies = AutoTokenizer.from_pretrained(BASE), requests()
+    with serving(tmp_path / "masks", tmp_path / "server.log", *options) as server:
+        choices = asyncio.run(ask_all(server.url, bodies)) + asyncio.run(ask_all(server.url, bodies))
+    own, others = [], []
+    for body, choice in zip(bodies * 2, choices, strict=True):
+        prompt = tokenizer(body["prompt"]).input_ids
+        for name, model in models.items():
+            far = distance(model, prompt, choice["token_ids"])
+            (own if name == body["mask"] else others).append(far)
+    print(f"furthest from the best logit: {max(own):.3f}, of another mask's model at least {min(others):.3f}")
+    assert max(own) < FAR
+    assert sum(far > FAR for far in others) > 0.75 * len(others)
 
 
 def test_the_masks_are_really_different_models(server: Server):
