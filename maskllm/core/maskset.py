@@ -193,17 +193,16 @@ def most_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes)) // 4 + (4 << 20)
 
 
-def reload(path: Path, sha256: str, most: int, pinned: bool = False) -> MaskSet:
+def reload(path: Path, sha256: str, most: int) -> MaskSet:
     """Read again a file that `load` has checked, and check that it is the same: nothing else needs to be.
 
     It neither computes nor copies, and leaves the GIL to others while it reads and hashes.
-    Into memory from where a GPU copies by itself, if `pinned`. Raises FileNotFoundError, or DamagedMask where
-    the file has changed. More than `most` bytes are not read.
+    Raises FileNotFoundError, or DamagedMask where the file has changed. More than `most` bytes are not read.
     """
     changed = DamagedMask(f"{path.name} has changed since it was registered")
     if (size := path.stat().st_size) > most:
         raise changed
-    content = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    content = torch.empty(size, dtype=torch.uint8)
     raw = content.numpy().data
     with path.open("rb") as file:
         file.readinto(raw)

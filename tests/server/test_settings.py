@@ -211,11 +211,11 @@ def test_a_model_that_cannot_be_compiled_is_not_compiled_by_force(tmp_path, monk
         (False, "", "the GPU is older than the kernels"),
     ],
 )
-def test_on_a_gpu_that_has_kernels_a_model_is_compiled_and_captured(monkeypatch, capability, forced, why_not):
+def test_on_a_gpu_that_has_kernels_steps_are_captured(monkeypatch, capability, forced, why_not):
     gpu = SimpleNamespace(is_cpu=lambda: False, has_device_capability=lambda of: of == 80 and capability)
     monkeypatch.setattr(client, "current_platform", gpu)
     monkeypatch.setenv("MASKLLM_BACKEND", forced)
-    assert client._not_compiled() == why_not
+    assert client._why_eager() == why_not
 
 
 def test_what_is_missing_is_named():
