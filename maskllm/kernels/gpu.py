@@ -38,7 +38,7 @@ FEW_TILES = [
 ]
 """Tiles of `linear_kernel` for up to so many rows; how many of its programs a multiprocessor has room for."""
 TOGETHER = 64 << 20
-"""Bytes of packed masks of one shape that are on the GPU at a time, on the way to slots."""
+"""Bytes of packed masks that are on the GPU at a time, on the way to slots."""
 MANY_TILE, MANY_OPTIONS = {"ROWS": 128, "OUTS": 128, "INS": 64}, {"num_warps": 8, "num_stages": 3}
 
 
@@ -95,18 +95,19 @@ def fill_layers(slot: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> N
     """Make a mask resident in a slot of each of some layers: of (slots, weight (out, in), packed codes).
 
     The codes (out, bytes) uint8 are on the GPU or in host memory, from where they come without a wait if it
-    is pinned. Layers of one shape are written by two launches.
+    is pinned. Layers of one shape are written together. After an error some are written and others not.
     """
     waiting: defaultdict[Layout, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    size = 0
     for slots, weight, packed in layers:
         _check_slots(slots, weight)
-        layout = Layout.of(weight)
-        some = waiting[layout]
-        some.append((slots, weight, packed.to(weight.device, non_blocking=True).contiguous()))
-        if len(some) * packed.nbytes >= TOGETHER:
-            _fill(layout, slot, waiting.pop(layout))
-    for layout, some in waiting.items():
-        _fill(layout, slot, some)
+        codes = packed.to(weight.device, non_blocking=True).contiguous()
+        waiting[Layout.of(weight)].append((slots, weight, codes))
+        size += codes.nbytes
+        if size >= TOGETHER:
+            _fill_all(slot, waiting)
+            size = 0
+    _fill_all(slot, waiting)
 
 
 def linear(
@@ -199,7 +200,7 @@ def prefill(outs: int, ins: int, dtype: torch.dtype, device: torch.device) -> di
         masked = torch.where(mask, weight, 0)
         layout = Layout.make(outs, ins, True)
         slots = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
-        _fill(layout, 0, [(slots, weight, pack(encode(mask)))])
+        _fill(layout, [(slots, weight, pack(encode(mask)))], 0)
         compressed = _compressed(slots, 0, weight)
         if not torch.equal(compressed.view(torch.int16), cusparselt.compress(masked).view(torch.int16)):
             return {}
@@ -216,13 +217,18 @@ def _knows_order(device: torch.device) -> bool:
     layout = Layout.make(64, 128, True)
     slots = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
     ones = torch.ones(64, 128, dtype=torch.bfloat16, device=device)
-    _fill(layout, 0, [(slots, ones, pack(encode(mask)))], ours=True)
+    _fill(layout, [(slots, ones, pack(encode(mask)))], 0, ours=True)
     expected = cusparselt.compress(mask.to(ones.dtype))
     return torch.equal(_compressed(slots, 0, ones).view(torch.int16), expected.view(torch.int16))
 
 
+def _fill_all(slot: int, waiting: dict[Layout, list[tuple[Tensor, Tensor, Tensor]]]) -> None:
+    while waiting:
+        _fill(*waiting.popitem(), slot)
+
+
 def _fill(
-    layout: Layout, slot: int, layers: Sequence[tuple[Tensor, Tensor, Tensor]], ours: bool | None = None
+    layout: Layout, layers: Sequence[tuple[Tensor, Tensor, Tensor]], slot: int, ours: bool | None = None
 ) -> None:
     """Values and indices by one kernel, and metadata by another where it writes what the library does.
 

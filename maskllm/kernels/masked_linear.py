@@ -113,34 +113,42 @@ def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     No byte may be 216 or more. Mask files are checked for that where they are read; here only the reference
     looks, and raises BadPattern.
     """
-    fill_layers(slot, [(slots, weight, packed)])
+    _check_fill(slots, slot, weight, packed)
+    if slots.dtype == torch.bool:
+        _check_slots(slots, weight)
+        slots[slot].copy_(expand(unpack(packed, weight.shape[1] // 4)))
+    elif slots.device.type == "cpu":
+        cpu.fill(slots, slot, weight, packed)
+    else:
+        gpu.fill_layers(slot, [(slots, weight, packed)])
 
 
 def fill_layers(slot: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """`fill` for each (slots, weight, packed) of a model, one after the other; a GPU takes some together."""
-    gpu.fill_layers(slot, _for_gpu(slot, layers))
+    """`fill` for each (slots, weight, packed) of a model; a GPU takes layers of one shape together.
+
+    After an error some are written and others not.
+    """
+
+    def on_gpu() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for slots, weight, packed in layers:
+            if slots.is_cuda and slots.dtype != torch.bool:
+                _check_fill(slots, slot, weight, packed)
+                yield slots, weight, packed
+            else:
+                fill(slots, slot, weight, packed)
+
+    gpu.fill_layers(slot, on_gpu())
 
 
-def _for_gpu(
-    slot: int, layers: Iterable[tuple[Tensor, Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The layers that a GPU's kernels fill; the others are filled here."""
-    for slots, weight, packed in layers:
-        expected = weight.shape[0], row_bytes(weight.shape[1] // 4)
-        if packed.shape != expected or packed.dtype != torch.uint8:
-            raise ValueError(
-                f"packed {tuple(packed.shape)} of {packed.dtype} is no 2:4 mask of a weight "
-                f"{tuple(weight.shape)}: it must be {expected} of uint8"
-            )
-        if not 0 <= slot < len(slots):
-            raise ValueError(f"there is no slot {slot}: there are {len(slots)}, numbered from 0")
-        if slots.dtype == torch.bool:
-            _check_slots(slots, weight)
-            slots[slot].copy_(expand(unpack(packed, weight.shape[1] // 4)))
-        elif slots.device.type == "cpu":
-            cpu.fill(slots, slot, weight, packed)
-        else:
-            yield slots, weight, packed
+def _check_fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
+    expected = weight.shape[0], row_bytes(weight.shape[1] // 4)
+    if packed.shape != expected or packed.dtype != torch.uint8:
+        raise ValueError(
+            f"packed {tuple(packed.shape)} of {packed.dtype} is no 2:4 mask of a weight "
+            f"{tuple(weight.shape)}: it must be {expected} of uint8"
+        )
+    if not 0 <= slot < len(slots):
+        raise ValueError(f"there is no slot {slot}: there are {len(slots)}, numbered from 0")
 
 
 def multiply(

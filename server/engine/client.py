@@ -535,9 +535,8 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     else:
         # A forked engine could use no GPU once anything here, a library's import say, has asked for one.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        # Graphs are for the kernels of few rows: more rows are faster where the host says whose they are.
-        captured = {"cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": FEW_ROWS}
-        ours["compilation-config"] = json.dumps({"mode": CompilationMode.NONE, **captured})
+        captured = {"mode": CompilationMode.NONE, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        ours["compilation-config"] = json.dumps(captured)
     argv = [word for name, value in ours.items() for word in (f"--{name}", value)]
     parser = make_arg_parser(FlexibleArgumentParser(prog="maskllm serve"))
     # Models are compiled on a CPU that can, 34 -> 23 ms for a step of 300 M, and steps captured on a GPU.
@@ -552,6 +551,13 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
     validate_parsed_serve_args(args)
     if not current_platform.is_cpu() and args.dtype in ("float", "float32"):
         eager, args.enforce_eager = "float32 has no kernels on a GPU", True
+    given = args.compilation_config
+    sizes = args.max_cudagraph_capture_size, args.cudagraph_capture_sizes
+    if not current_platform.is_cpu() and not any(
+        (*sizes, given.max_cudagraph_capture_size, given.cudagraph_capture_sizes)
+    ):
+        # Graphs are for the kernels of few rows: more rows are faster where the host says whose they are.
+        args.max_cudagraph_capture_size = FEW_ROWS
     if eager:
         logger.info("the model is neither compiled nor captured, as %s", eager)
     if args.api_key or envs.VLLM_API_KEY:
@@ -598,7 +604,7 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
 def _why_eager() -> str | None:
     """Why a CPU's model is not compiled, or a GPU's steps not captured in CUDA graphs; None where they are.
 
-    No GPU is looked at but by NVML, as that would take some of its memory for this process.
+    A GPU is looked at by NVML where there is one, as else some of its memory would be this process's.
     """
     if current_platform.is_cpu():
         compiler = shutil.which(os.environ.get("CXX", "g++")) and _has_python_headers()

@@ -203,8 +203,9 @@ def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Ten
     An operator of its own, as a compiled graph sees nothing of `row_slots`, which it would freeze.
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    never_masked = slots.dtype == torch.bool and present is None  # as its inputs are no whole groups of 4
-    if row_slots is None or rows.shape[0] < row_slots.shape[0] or never_masked:  # or these are no tokens
+    # Captured are the kernels. A layer that has none is in no mask then: the manager refuses those.
+    without = slots.dtype == torch.bool and present is None
+    if row_slots is None or rows.shape[0] < row_slots.shape[0] or without:  # or these are not the tokens
         if x.dtype == weight.dtype or x.is_cuda:
             return functional.linear(x, weight, bias)
         out = cpu.dense(rows, weight, bias)

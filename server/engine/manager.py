@@ -15,13 +15,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
@@ -47,9 +46,9 @@ class MaskManager:
     def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: object) -> None:  # noqa: ARG002
         self.device = device
         self.slots = vllm_config.lora_config.max_loras
-        # CUDA graphs, which serve any resident masks, have kernels for no others than 2:4.
-        self.captures = device.type != "cpu" and not vllm_config.model_config.enforce_eager
-        self.captured_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        graphs = vllm_config.compilation_config
+        self.captures = device.type != "cpu" and graphs.cudagraph_mode != CUDAGraphMode.NONE
+        self.captured_rows = graphs.max_cudagraph_capture_size or 0
         if device.type != "cpu":
             linear.reserve(vllm_config.scheduler_config.max_num_batched_tokens + self.captured_rows, device)
         self.mask_dtype = MASK_DTYPES[vllm_config.additional_config.get("mask_dtype", "auto")]
@@ -158,6 +157,7 @@ class MaskManager:
     def list_adapters(self) -> set[int]:
         return set(self.packed)
 
+    @torch.inference_mode()  # as steps are: slots that were made in one are written in no other mode
     def pin(self, mask_id: int, pinned: bool) -> None:
         """Bring a mask into a slot and let no other take it, or let them."""
         if not pinned:
@@ -192,9 +192,7 @@ class MaskManager:
 
     def stats(self) -> dict[str, Any]:
         """What the metrics show of this worker; bytes by mask, swaps by source."""
-        while self.under_way and self.under_way[0][1][-1].query():  # type: ignore[no-untyped-call]
-            name, (begin, end) = self.under_way.popleft()
-            self._count("host", name, begin.elapsed_time(end) / 1e3)
+        self._count_done()
         slot_bytes = sum(layer.get_buffer("slots")[0].nbytes for layer in self.layers.values())
         resident, packed = Counter[str](), Counter[str]()
         for mask_id, mask_set in self.packed.items():
@@ -214,7 +212,8 @@ class MaskManager:
 
     def forget(self, name: str) -> None:
         """Drop the counts of a mask that is no more."""
-        self.under_way = deque(each for each in self.under_way if each[0] != name)
+        while self.under_way:
+            self._count_done()
         for counts in self.swapped.values():
             counts.pop(name, None)
 
@@ -245,11 +244,8 @@ class MaskManager:
             if layer not in parts or parts[layer].whole != shape:
                 has = parts[layer].whole if layer in parts else None
                 raise MaskError(f"layer {layer} is {shape}, but {has} in the engine's model")
-        if self.captures and not all(map(partial(_for_kernels, mask_set), self.parts.values())):
-            raise MaskError(
-                f"it is {mask_set.n}:{mask_set.m} or leaves out parts of layers, which are served without "
-                "CUDA graphs only: start the server with --enforce-eager"
-            )
+        if self.captures:
+            self._check_captured(mask_set)
         mask_set = shard(mask_set, parts)
         if self.device.type == "cuda":
             # From pinned memory a swap takes a ninth. Layer by layer: whoever pins keeps all others from the
@@ -257,6 +253,21 @@ class MaskManager:
             packed = {layer: each.pin_memory() for layer, each in mask_set.packed.items()}
             mask_set = replace(mask_set, packed=packed)
         return mask_set, time.perf_counter() - begin
+
+    def _check_captured(self, mask_set: MaskSet) -> None:
+        """Raise MaskError for a mask that captured CUDA graphs would not serve as it is.
+
+        They have the kernels, or nothing, in each layer, and read slots that are never replaced.
+        """
+        for name, parts in self.parts.items():
+            if self.layers[name].get_buffer("slots").dtype == torch.bool:
+                why_not = "" if parts.keys().isdisjoint(mask_set.shapes) else "has no kernels here"
+            elif (mask_set.n, mask_set.m) != (2, 4):
+                why_not = f"would be masked {mask_set.n}:{mask_set.m}"
+            else:
+                why_not = "" if parts.keys() <= mask_set.shapes.keys() else "is left out, or a part of it"
+            if why_not:
+                raise MaskError(f"layer {name} {why_not}, which needs the server's option --enforce-eager")
 
     def _swap_in(self, mask_id: int, keep: list[int]) -> None:
         """Fill a free slot, or that of the least recently used mask which this step does not use.
@@ -275,8 +286,15 @@ class MaskManager:
         events += self._event()
         if events:
             self.under_way.append((self.names[mask_id], events))
+            self._count_done()
         else:
             self._count("host", self.names[mask_id], time.perf_counter() - begin)
+
+    def _count_done(self) -> None:
+        """Count the swaps that the GPU has done by now."""
+        while self.under_way and self.under_way[0][1][-1].query():  # type: ignore[no-untyped-call]
+            name, (begin, end) = self.under_way.popleft()
+            self._count("host", name, begin.elapsed_time(end) / 1e3)
 
     def _event(self) -> list[torch.cuda.Event]:
         """This moment of a GPU's work, which is told what to do before it does it."""
@@ -287,9 +305,16 @@ class MaskManager:
         return [event]
 
     def _fill(self, names: Iterable[str], slot: int, mask_id: int) -> None:
-        """Write a mask into a slot of these layers, each put together from its parts."""
+        """Write a mask into a slot of these layers, each put together from its parts.
+
+        Kernels take 2:4 masks of whole layers.
+        """
         mask_set = self.packed[mask_id]
-        fast = [name for name in names if _for_kernels(mask_set, self.parts[name])]
+        fast: list[str] = []
+        others: list[str] = []
+        for name in names:
+            whole = self.parts[name].keys() <= mask_set.shapes.keys()
+            (fast if whole and (mask_set.n, mask_set.m) == (2, 4) else others).append(name)
 
         def layer(name: str) -> tuple[Tensor, Tensor, Tensor]:
             on_device = (
@@ -299,9 +324,8 @@ class MaskManager:
             return of.get_buffer("slots"), of.get_parameter("weight"), torch.cat([*on_device])
 
         fill_layers(slot, map(layer, fast))
-        for name in names:
-            if name not in fast:
-                self._fill_without_kernels(name, slot, mask_id)
+        for name in others:
+            self._fill_without_kernels(name, slot, mask_id)
 
     def _fill_without_kernels(self, name: str, slot: int, mask_id: int) -> None:
         """Write any mask into a slot; a part that it leaves out keeps all.
@@ -347,11 +371,6 @@ class MaskWorker:
         runner = self.model_runner  # type: ignore[attr-defined]
         manager: MaskManager = runner.lora_manager
         return manager.stats() | {"kv_bytes": sum(cache.nbytes for cache in runner.kv_caches)}
-
-
-def _for_kernels(mask_set: MaskSet, parts: dict[str, Shard]) -> bool:
-    """Whether kernels take a mask of a layer put together from these parts: 2:4, and of all of them."""
-    return (mask_set.n, mask_set.m) == (2, 4) and parts.keys() <= mask_set.shapes.keys()
 
 
 def _refusal(error: BaseException, file: str) -> str:

@@ -1,4 +1,5 @@
 import asyncio
+import os
 import re
 import socket
 import subprocess
@@ -216,6 +217,30 @@ def test_on_a_gpu_that_has_kernels_steps_are_captured(monkeypatch, capability, f
     monkeypatch.setattr(client, "current_platform", gpu)
     monkeypatch.setenv("MASKLLM_BACKEND", forced)
     assert client._why_eager() == why_not
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "rows", "eager"),
+    [
+        ([], "FULL_DECODE_ONLY", 64, False),
+        (["--dtype", "float32"], "FULL_DECODE_ONLY", 64, True),
+        (["--max-cudagraph-capture-size", "16"], "FULL_DECODE_ONLY", 16, False),
+        (["--cudagraph-capture-sizes", "1", "2"], "FULL_DECODE_ONLY", None, False),
+        (["--compilation-config", '{"max_cudagraph_capture_size": 8}'], None, None, False),
+    ],
+)
+def test_on_a_gpu_decode_steps_are_captured_as_far_as_its_kernels_go_unless_told_otherwise(
+    tmp_path, monkeypatch, options, mode, rows, eager
+):
+    gpu = {"is_cpu": lambda: False, "device_type": "cuda", "has_device_capability": lambda _: True}
+    monkeypatch.setattr(client, "current_platform", SimpleNamespace(**gpu, ray_device_key="GPU"))
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")  # and gone again after the test
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    args = client.arguments(Settings(model=str(BASE), masks=tmp_path, engine=options), BASE)
+    captured = args.compilation_config.cudagraph_mode
+    assert (captured and captured.name, args.max_cudagraph_capture_size) == (mode, rows)
+    assert args.enforce_eager == eager
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
 def test_what_is_missing_is_named():

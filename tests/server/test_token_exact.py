@@ -132,6 +132,9 @@ def test_a_gpu_answers_with_tokens_that_the_masked_model_itself_likes_best_or_ne
     tokenizer, bodies = AutoTokenizer.from_pretrained(BASE), requests()
     with serving(tmp_path / "masks", tmp_path / "server.log", *options) as server:
         choices = asyncio.run(ask_all(server.url, bodies)) + asyncio.run(ask_all(server.url, bodies))
+        log = server.log.read_text()
+    assert ("Graph capturing finished" in log) == ("--enforce-eager" not in options)
+    assert "without kernels" not in log
     own, others = [], []
     for body, choice in zip(bodies * 2, choices, strict=True):
         prompt = tokenizer(body["prompt"]).input_ids

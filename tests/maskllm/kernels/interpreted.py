@@ -384,6 +384,32 @@ def test_a_swap_reaches_prefill_and_decode_alike():
         layer.check(torch.randn(rows, 32, dtype=torch.bfloat16), [0] * rows, present=(0,))
 
 
+@pytest.mark.usefixtures("library")
+def test_layers_of_one_shape_are_written_together_each_with_its_own_mask(monkeypatch):
+    """Three of one shape, which packed are 512 bytes each, and one of another; 1,000 bytes at a time."""
+    layers = [Layer(64, 96, count=2) for _ in range(3)] + [Layer(8, 44, count=2)]
+    for layer in layers:
+        layer.masks[1] = best(torch.rand(layer.weight.shape))
+    grids = {"fill_kernel": [], "metadata_kernel": []}
+    for name, noted in grids.items():
+        kernel = getattr(kernels, name)
+
+        class Noting:
+            def __getitem__(self, grid, noted=noted, kernel=kernel):
+                noted.append(grid)
+                return kernel[grid]
+
+        monkeypatch.setattr(kernels, name, Noting())
+    monkeypatch.setattr(gpu, "TOGETHER", 1000)
+    gpu.fill_layers(1, ((each.slots, each.weight, pack(encode(each.masks[1]))) for each in layers))
+    assert grids == {"fill_kernel": [(64, 1, 2), (8, 1, 1), (64, 1, 1)], "metadata_kernel": [(1, 2), (1, 1)]}
+    for layer in layers:
+        for rows in (1, 2, 72):  # the last by the library, from metadata
+            for slot in range(2):
+                x = torch.randn(rows, layer.weight.shape[1], dtype=torch.bfloat16)
+                layer.check(x, [slot] * rows, present=(slot,))
+
+
 def test_rows_that_the_library_refuses_are_multiplied_dense(library):
     layer, library.refused = Layer(64, 32, count=1), 256
     library.multiplied.clear()

@@ -236,6 +236,25 @@ def test_captured_graphs_find_each_step_s_slots_in_one_place_and_no_step_waits(m
     assert linear.row_slots is None
 
 
+def test_rows_that_a_graph_is_padded_with_use_the_slots_that_follow(monkeypatch):
+    x, weight, slots = arguments(torch.bfloat16, torch.bfloat16, 3)
+    begin_step([0, 1, 1], CPU)
+    expected = torch.ops.maskllm.any_layer(x, weight, slots, None)
+    padded = torch.tensor([0, 1, 1, 0], dtype=torch.int32)
+    monkeypatch.setattr(linear, "padded", padded)
+    monkeypatch.setattr(linear, "row_slots", padded[:1])
+    assert torch.equal(torch.ops.maskllm.any_layer(x, weight, slots, None), expected)
+
+
+def test_a_layer_without_kernels_is_dense_in_a_captured_graph(monkeypatch):
+    """The reference asks which slots there are, and a capture has none to name; no mask has such a layer."""
+    x, weight, slots = torch.ones(1, 6), torch.ones(2, 6), torch.zeros(1, 2, 6, dtype=torch.bool)
+    begin_step([0], CPU)
+    assert torch.ops.maskllm.any_layer(x, weight, slots, None).tolist() == [[0, 0]]
+    monkeypatch.setattr(linear, "present", None)
+    assert torch.ops.maskllm.any_layer(x, weight, slots, None).tolist() == [[6, 6]]
+
+
 def test_a_slot_that_is_not_there_is_an_error():
     x, weight, slots = arguments(torch.bfloat16, torch.bfloat16, 1)
     begin_step([2], CPU)

@@ -93,23 +93,99 @@ def test_a_file_that_cannot_be_read_any_more_is_refused_with_its_reason_and_leav
 
 
 @pytest.mark.parametrize(
-    ("n", "layers", "message"),
-    [(1, [LAYER], "it is 1:4 or leaves out"), (2, [], "it is 2:4 or leaves out")],
+    ("n", "layers", "kernels", "refusal"),
+    [
+        (2, ["a", "b"], ["a", "b"], ""),
+        (2, ["a"], ["a"], ""),  # kernels take no layer whose columns are no multiple of 4, and no mask has it
+        (2, ["a"], ["a", "b"], "layer b is left out, or a part of it"),
+        (2, ["a", "b"], ["a"], "layer b has no kernels here"),
+        (1, ["a", "b"], ["a", "b"], "layer a would be masked 1:4"),
+    ],
 )
-def test_where_cuda_graphs_serve_a_mask_that_kernels_do_not_take_is_refused(
-    manager, tmp_path, n, layers, message
+def test_a_mask_that_captured_graphs_would_not_serve_as_it_is_is_refused_and_others_are_not(
+    manager, tmp_path, n, layers, kernels, refusal
 ):
-    """A captured graph would go on reading the slots that such a mask replaces by the reference's."""
-    manager.parts = {LAYER: {LAYER: Shard((2, 8), (range(2),), range(8))}}
+    """They would go on reading slots that such a mask replaces, or read none."""
     packed = {layer: torch.zeros(2, 1, dtype=torch.uint8) for layer in layers}
     path = tmp_path / "odd.safetensors"
     sha256 = maskset.save(MaskSet(n, 4, "base", dict.fromkeys(layers, (2, 8)), packed), path)
     request = LoRARequest("odd", 1, f"{path}#{sha256}")
+    manager.parts = {name: {name: Shard((2, 8), (range(2),), range(8))} for name in ("a", "b")}
+    for name in manager.parts:
+        manager.layers[name] = torch.nn.Module()
+        manager.layers[name].slots = torch.nn.Buffer(torch.zeros(1, dtype=torch.int32).bool())
+        if name in kernels:
+            manager.layers[name].slots = torch.nn.Buffer(torch.zeros(1, dtype=torch.int32))
     assert until_read(manager, request) == ""
     manager.remove_adapter(1)
     manager.captures = True
-    assert message in until_read(manager, request)
-    assert "start the server with --enforce-eager" in until_read(manager, request)
+    said = until_read(manager, request)
+    assert said == (refusal and f"{refusal}, which needs the server's option --enforce-eager")
+
+
+def test_a_gpu_s_swap_is_counted_when_the_gpu_has_done_it(manager, monkeypatch):
+    """What it takes is what the GPU takes: 1.5 ms, however long it was asked before."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.number = len(done)
+            done.append(False)
+
+        def query(self):
+            return done[self.number]
+
+        def elapsed_time(self, end):
+            return 1.5 * (end.number - self.number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    manager.device = torch.device("cuda")
+    for mask_id in (1, 2):
+        manager.packed[mask_id], manager.names[mask_id] = MaskSet(2, 4, "base", {}, {}), f"m{mask_id}"
+        manager.pin(mask_id, True)
+    assert manager.stats()["swaps"] == {}
+    done[:2] = [True, True]
+    ((counts, seconds),) = manager.stats()["swaps"].values()
+    assert (sum(counts), seconds) == (1, 0.0015)
+    assert manager.stats()["swapped"]["host"] == {"m1": 1}
+    done[2:] = [True, True]
+    manager.forget("m2")
+    assert manager.stats()["swapped"]["host"] == {"m1": 1}
+    assert manager.stats()["swaps"]["host"][1] == 0.003
+
+
+def test_masks_for_a_gpu_are_pinned_layer_by_layer(manager, tmp_path, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.nbytes) or self.clone())
+    request = saved(tmp_path / "a.safetensors")
+    assert until_read(manager, request) == ""
+    assert pinned == []
+    manager.remove_adapter(1)
+    manager.device = torch.device("cuda")
+    assert until_read(manager, request) == ""
+    assert pinned == [ROWS * COLUMNS // 12]
+
+
+def test_a_mask_is_pinned_after_one_that_made_slots_anew_in_a_step(manager):
+    """vLLM's steps are in torch's inference mode, and what is made there cannot be written in any other."""
+    manager.parts = {"a": {"a": Shard((2, 8), (range(2),), range(8))}}
+    manager.layers["a"] = torch.nn.Module()
+    manager.layers["a"].weight = torch.nn.Parameter(torch.ones(2, 8), requires_grad=False)
+    manager.layers["a"].slots = torch.nn.Buffer(torch.zeros(2, 4, dtype=torch.int32))
+    packed = {"a": torch.zeros(2, 1, dtype=torch.uint8)}
+    for mask_id, n in ((1, 1), (2, 2)):
+        manager.packed[mask_id], manager.names[mask_id] = (
+            MaskSet(n, 4, "base", {"a": (2, 8)}, packed),
+            f"m{mask_id}",
+        )
+    with torch.inference_mode():
+        manager.set_active_adapters((), LoRAMapping((1,), (1,)))
+    manager.pin(2, True)
+    assert manager.resident == {1: 0, 2: 1}
+    assert manager.layers["a"].slots.sum((1, 2)).tolist() == [4, 8]
 
 
 def test_a_graph_is_captured_for_any_masks_with_vllm_s_stand_ins_and_for_none_without(manager, monkeypatch):
