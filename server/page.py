@@ -9,7 +9,7 @@ import re
 import time
 from base64 import b64encode
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -140,7 +140,7 @@ def traffic(requests: Sequence[Finished]) -> Traffic:
     )
 
 
-def traffic_by_mask(names: Sequence[str], requests: Sequence[Finished]) -> dict[str, Traffic]:
+def traffic_by_mask(names: Sequence[str], requests: Iterable[Finished]) -> dict[str, Traffic]:
     """The traffic of each mask, also of those without any, in one pass over the requests."""
     of = defaultdict[str, list[Finished]](list)
     for request in requests:
