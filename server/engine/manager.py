@@ -212,7 +212,8 @@ class MaskManager:
 
     def forget(self, name: str) -> None:
         """Drop the counts of a mask that is no more."""
-        while self.under_way:
+        if self.under_way:  # or they would be counted later
+            self.under_way[-1][1][-1].synchronize()
             self._count_done()
         for counts in self.swapped.values():
             counts.pop(name, None)
