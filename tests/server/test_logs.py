@@ -198,7 +198,7 @@ def test_a_log_that_cannot_be_written_for_a_while_goes_on_later_and_keeps_nothin
 
     asyncio.run(log())
     target.close()
-    assert (tmp_path / "log").read_text() == "{'line': -1}\n"
+    assert (tmp_path / "log").read_text() == '{"line": -1}\n'
     told = [record.message for record in caplog.records if record.name == "maskllm"]
     why = "lines of the request log are lost: [Errno 13] Permission denied"
     assert told == [f"{MOST_LINES} {why}", f"1 {why}"]
