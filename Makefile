@@ -1,4 +1,4 @@
-# The five words: serve, test, check, tour, and table. CI uses the same.
+# `make serve` and `make test` are all that a newcomer needs; .ci/run calls check and test.
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -7,7 +7,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: serve test gpu check tour table quality memory bench soak chaos load bench-check up down test-compose readme clean
+.PHONY: serve test gpu check tour table quality memory bench soak chaos load bench-check up down test-compose clean
 
 serve: .venv/$(ENGINE)  ## Serve the demo base and its masks
 	$(BIN)/maskllm serve --model examples/demo/base --masks examples/demo/masks --host $(HOST) --port $(PORT) $(ARGS)
@@ -35,15 +35,12 @@ tour: .venv/$(ENGINE)  ## Prune, learn, inspect, evaluate, serve, ask, swap, sto
 
 table: .venv/$(ENGINE)  ## Measure the demo's masks on every domain and rewrite the README's tables
 	$(BIN)/python examples/demo/table.py --data $(DATA)/domains
-	$(BIN)/python benchmarks/report.py readme
 
 quality: .venv/$(ENGINE)  ## Learn every published mask for three seeds, measure them, rewrite the README's tables
 	$(BIN)/python benchmarks/quality.py --data $(DATA)
-	$(BIN)/python benchmarks/report.py readme
 
 memory: .venv/$(ENGINE)  ## Measure what learning a mask holds beyond the base
 	$(BIN)/python benchmarks/learning_memory.py
-	$(BIN)/python benchmarks/report.py readme
 
 bench: .venv/$(ENGINE)  ## Measure kernels, steps, swaps and the API on this machine, which should do nothing else
 	$(BIN)/python benchmarks/kernels.py
@@ -51,7 +48,6 @@ bench: .venv/$(ENGINE)  ## Measure kernels, steps, swaps and the API on this mac
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/swap.py
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/report.py readme
 
 soak: .venv/$(ENGINE)-dev  ## Half an hour of mixed traffic, every token checked (ARGS='--minutes 5' or --quick)
 	$(BIN)/python benchmarks/soak.py $(ARGS)
@@ -61,7 +57,6 @@ chaos: .venv/$(ENGINE)-dev  ## Every fault the server must survive (ARGS=overloa
 
 load: .venv/$(ENGINE)-dev  ## Measure locust, then the load that the demo server bears; rewrite the tables of it
 	$(BIN)/python benchmarks/load.py $(ARGS)
-	$(BIN)/python benchmarks/report.py readme
 
 bench-check: .venv/$(ENGINE)  ## Print every published figure that misses its `must`
 	$(BIN)/python benchmarks/report.py check

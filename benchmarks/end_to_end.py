@@ -18,7 +18,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from typing import Any
 
 import torch
 from report import Row, write
+from serving import free_port
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from maskllm.core import maskset
@@ -313,15 +313,12 @@ async def ours(contender: Contender, folder: Path) -> AsyncIterator[tuple[Any, l
     from server.metrics import Metrics
     from server.settings import Settings
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     options = ["--dtype", contender.dtype, "--kv-cache-memory-bytes", str(KV_BYTES), "--skip-tokenizer-init"]
     settings = Settings(
         model=str(folder / "base"),
         masks=folder / "masks",
         host="127.0.0.1",
-        port=port,
+        port=free_port(),
         slots=MASKS,
         mask_dtype=contender.mask_dtype,
         head_dtype=contender.head_dtype,

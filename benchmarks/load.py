@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from report import Row, table, write
+from report import Row, write
 from serving import BASE, BENCH, ROOT, Server, mixed_mask, running, serving
 
 sys.path.append(str(ROOT / "loadtests"))
@@ -102,11 +102,7 @@ def main() -> None:
         f"{cores}",
     }
     for topic, rows, of in (("load", agreement, "figure"), ("capacity", capacity, "load, requests/s")):
-        if args.quick:
-            about = {"command": "--quick", "date": "", "machine": "", "note": notes[topic], "of": of}
-            print(table({**about, "rows": [vars(row) for row in rows]}))
-        else:
-            write(topic, "python benchmarks/load.py", rows, notes[topic], of)
+        write(topic, "python benchmarks/load.py", rows, notes[topic], of, keep=not args.quick)
 
 
 def against_stub(folder: Path, before: tuple[str, ...], rate: float, seconds: float) -> Iterator[Row]:

@@ -34,7 +34,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 import uvloop
-from report import Row, table, write
+from report import Row, write
 from serving import BASE, MASKS, Server, running, serving
 
 PAIRS, ROUNDS, ONE_BY_ONE, TOGETHER, AT_A_TIME = 8, 8, 15, 128, 16
@@ -88,11 +88,7 @@ def main() -> None:
         f"{TOKENS} tokens of the dense base, {count} pairs of servers, of each {rounds} rounds of "
         f"{ONE_BY_ONE} requests one by one, of {FIRST} tokens, and {TOGETHER} of which {AT_A_TIME} at a time"
     )
-    if args.quick:
-        about = {"command": "--quick", "date": "", "machine": "", "note": note, "of": "figure"}
-        print(table({**about, "rows": [vars(row) for row in rows]}))
-    else:
-        write("overhead", "python benchmarks/overhead.py", rows, note, of="figure")
+    write("overhead", "python benchmarks/overhead.py", rows, note, of="figure", keep=not args.quick)
 
 
 def measure(label: str, rounds: int, options: list[str]) -> Pair:

@@ -43,8 +43,10 @@ class Row:
         return self.value > self.must if self.better == "lower" else self.value < self.must
 
 
-def write(topic: str, command: str, rows: list[Row], note: str = "", of: str = "mask") -> None:
-    """Write benchmarks/TOPIC.json and print its table, whose rows are each `of` something."""
+def write(
+    topic: str, command: str, rows: list[Row], note: str = "", of: str = "mask", keep: bool = True
+) -> None:
+    """Print a table whose rows are each `of` something, and `keep` it in TOPIC.json and the pages."""
     content = {
         "command": command,
         "machine": machine(),
@@ -53,8 +55,10 @@ def write(topic: str, command: str, rows: list[Row], note: str = "", of: str = "
         "of": of,
         "rows": [asdict(row) for row in rows],
     }
-    (HERE / f"{topic}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(table(content))
+    if keep:
+        (HERE / f"{topic}.json").write_text(json.dumps(content, indent=1) + "\n")
+        readme(only_check=False)
 
 
 def machine() -> str:

@@ -36,7 +36,7 @@ from math import nan
 from pathlib import Path
 
 import aiohttp
-from report import Row, table, write
+from report import Row, write
 from serving import BINARY, Server, Swaps, mixed_mask, serving
 
 SLOTS, MASKS, CLIENTS = 8, 200, 64
@@ -227,11 +227,7 @@ async def main() -> int:
         + (", real-time priority" if os.sched_getscheduler(0) == os.SCHED_RR else "")
     )
     command = f"make soak ARGS='--minutes {args.minutes:g}'" if args.minutes != 30 else "make soak"
-    if args.quick:
-        about = {"command": "--quick", "date": "", "machine": "", "note": note, "of": "figure"}
-        print(table({**about, "rows": [vars(row) for row in rows]}))
-    else:
-        write("soak", command, rows, note, of="figure")
+    write("soak", command, rows, note, of="figure", keep=not args.quick)
     return int(any(row.misses for row in rows))
 
 

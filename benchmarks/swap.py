@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from report import Row, table, write
+from report import Row, write
 from serving import BASE, Server, Swaps, mixed_mask, serving
 
 from maskllm.evaluate import speed
@@ -56,11 +56,7 @@ def main() -> None:
             ]
     rows = figures(swaps, took, *kernel()) + list(stalls(turns[::2], turns[1::2], swaps["host"]))
     note = f"{MASKS} masks, {SLOTS} slots, {PACKED} in host memory, {CLIENTS} clients, {seconds:g} s"
-    if args.quick:
-        about = {"command": "--quick", "date": "", "machine": "", "note": note, "of": "source"}
-        print(table({**about, "rows": [vars(row) for row in rows]}))
-    else:
-        write("swap", "python benchmarks/swap.py", rows, note, of="source")
+    write("swap", "python benchmarks/swap.py", rows, note, of="source", keep=not args.quick)
 
 
 async def load(server: Server, seconds: float) -> None:

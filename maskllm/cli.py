@@ -436,13 +436,13 @@ class Cli(
     """Learn N:M sparsity masks for a frozen language model, measure them, and serve them all at once."""
 
     prune: CliSubCommand[Prune]
-    """make a mask in one shot: magnitude, Wanda, SparseGPT"""
+    """make a mask in one shot: magnitude, Wanda, SparseGPT, reconstruct"""
     learn: CliSubCommand[Learn]
     """learn a mask"""
     eval: CliSubCommand[Eval]
-    """measure perplexity, dense and under masks"""
+    """measure perplexity or zero-shot accuracy, dense and under masks"""
     inspect: CliSubCommand[Inspect]
-    """show what a mask file says of itself"""
+    """show what a mask file says of itself, this machine's kernels, or how many masks fit"""
     verify: CliSubCommand[Verify]
     """check a mask file, alone or against a base"""
     diff: CliSubCommand[Diff]

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -115,9 +115,6 @@ class Stream:
         self.tokenizer, self.sources, self.length, self.columns = tokenizer, list(sources), length, columns
         self._parts = [part for source in sources for part in _parts(source)]
         self._go_to(Position(), [])
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Tensor:
         """The next window, (length,) int64."""

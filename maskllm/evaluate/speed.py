@@ -111,7 +111,7 @@ class Layer:
             cpu.dense_int8(half, self.weights[at], self.dense_int8[at])
 
         extra = {"ours, dense bf16": ours(self.bf16, half, dense, 0.5)}
-        if rows > cpu.dense_rows():  # it would be torch's
+        if rows > cpu.costs().dense_rows:  # it would be torch's
             extra.clear()
         linear, quantized = functional.linear, torch.ops.quantized.linear_dynamic
         if rows == 1:  # which torch has a faster product for

@@ -1,7 +1,7 @@
 """Zero-shot accuracy on multiple-choice tasks, with lm-evaluation-harness as the runner.
 
-`local_*` tasks are ours (`tasks/*.yaml`): the harness's own prompts over JSON lines of `{"ctx", "choices",
-"label"}`, so they need no network. Every other name is the harness's own task.
+`local_*` tasks are ours: the harness's own prompts over JSON lines of `{"ctx", "choices", "label"}`, so they
+need no network. Every other name is the harness's own task.
 """
 
 import copy
@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from maskllm.core.maskset import MaskSet
 from maskllm.evaluate.perplexity import masked
 from maskllm.models import Loaded
 
-TASKS = Path(__file__).parent / "tasks"
+QUESTION = "Question: {{ctx}}\nAnswer:"
+LOCAL = {
+    "local_arc_challenge": ("arc_challenge_test.jsonl", QUESTION),
+    "local_arc_easy": ("arc_easy_test.jsonl", QUESTION),
+    "local_hellaswag": ("hellaswag_val.jsonl", "{{ctx}}"),
+    "local_openbookqa": ("openbookqa_test.jsonl", "{{ctx}}"),
+    "local_piqa": ("piqa_val.jsonl", QUESTION),
+}
+"""Our tasks: the file of each, and its prompt."""
 
 
 class BadTask(ValueError):
@@ -57,9 +63,7 @@ def accuracies(
     manager = TaskManager(include_defaults=any(isinstance(spec, str) for spec in specs))
     unknown = [spec for spec in specs if isinstance(spec, str) and spec not in manager.all_tasks]
     if unknown:
-        raise BadTask(
-            f"no task {', '.join(unknown)}; known: {', '.join(local_tasks())}, and the harness's own"
-        )
+        raise BadTask(f"no task {', '.join(unknown)}; known: {', '.join(LOCAL)}, and the harness's own")
     # It gives a tokenizer without a padding token one, and a model's tied weights stay tied.
     lm = HFLM(pretrained=base.model, tokenizer=copy.deepcopy(base.tokenizer), batch_size=batch)
 
@@ -86,23 +90,30 @@ def accuracies(
     )
 
 
-def local_tasks() -> list[str]:
-    """Names of the tasks that are ours."""
-    return sorted(file.stem for file in TASKS.glob("*.yaml"))
-
-
 def _local(task: str, data: Path | None) -> dict[str, Any]:
     """One of our tasks as the harness wants it, with the folder of its data."""
-    if task not in local_tasks():
-        raise BadTask(f"no task {task}; known: {', '.join(local_tasks())}, and the harness's own")
-    config: dict[str, Any] = yaml.safe_load((TASKS / f"{task}.yaml").read_text(encoding="utf-8"))
-    file = config["dataset_kwargs"]["data_files"]["test"]
+    if task not in LOCAL:
+        raise BadTask(f"no task {task}; known: {', '.join(LOCAL)}, and the harness's own")
+    file, prompt = LOCAL[task]
     if data is None:
         raise BadTask(f"{task} needs the folder of {file}: --tasks-data FOLDER")
     if not (data / file).is_file():
         raise BadTask(f"{task} needs {file}, which is not in {data}")
-    config["dataset_kwargs"]["data_dir"] = str(data)
-    return config
+    measures = [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+    ]
+    return {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": file}, "data_dir": str(data)},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": prompt,
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": measures,
+        "metadata": {"version": 1.0},
+    }
 
 
 def _accuracies(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -89,12 +89,6 @@ def use(name: str) -> None:
     _library().maskllm_use(name.encode())
 
 
-def dense_rows() -> int:
-    """More dense rows than this are torch's."""
-    rows: int = _library().maskllm_dense_rows()
-    return rows
-
-
 def force_form(form: int) -> None:
     """How rows with different masks share a step, for tests and benchmarks.
 
@@ -131,8 +125,8 @@ def choices() -> str:
     rows = costs().sparse_rows
     dense = "never made dense" if rows == NEVER else f"made dense for more than {rows:.0f} rows"
     return (
-        f"16 rows read the dense weight once {many}; up to {dense_rows()} dense rows are multiplied here; "
-        f"a mask's weight is {dense}"
+        f"16 rows read the dense weight once {many}; up to {costs().dense_rows:.0f} dense rows are "
+        f"multiplied here; a mask's weight is {dense}"
     )
 
 
@@ -415,8 +409,8 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def quantized_bytes(rows: int, columns: int) -> int:
-    """Bytes of a whole weight (rows, columns) as `quantize` writes it."""
-    return _slot_bytes(rows, columns, INT8_DENSE)
+    """Bytes of a whole weight (rows, columns) as `quantize` writes it; without kernels one a weight."""
+    return rows * columns if why_not() else _slot_bytes(rows, columns, INT8_DENSE)
 
 
 def quantize(weight: Tensor) -> Tensor:
@@ -531,7 +525,6 @@ def _library() -> Any:
         "using": (text, []),
         "use": (None, [text]),
         "force_form": (None, [integer]),
-        "dense_rows": (integer, []),
         "get_costs": (None, [pointer]),
         "set_costs": (None, [pointer]),
         "reads_once": (ctypes.c_bool, [pointer, long]),

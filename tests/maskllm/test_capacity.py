@@ -39,6 +39,11 @@ def test_linear_layers_of_a_bfloat16_checkpoint_stay_so_under_every_dtype(monkey
     assert measure(DEMO / "base", torch.float16).base == tensors() + 2 * HEAD
 
 
+def test_without_kernels_a_head_in_8_bits_is_counted_as_a_byte_a_weight(monkeypatch):
+    monkeypatch.setattr(cpu, "_library", lambda: None)  # the server refuses one, `maskllm inspect` can ask
+    assert measure(DEMO / "base", int8_head=True).base == measure(DEMO / "base").base + HEAD
+
+
 def test_a_mask_takes_what_its_file_holds():
     mask = maskset.load(DEMO / "masks/legal.safetensors")
     fits = measure(DEMO / "base", kv=7)

@@ -541,7 +541,6 @@ void maskllm_use(const char* name) {
         if (!std::strcmp(each->name, name)) kernels = each;
 }
 
-int maskllm_dense_rows() { return int(costs.dense_rows); }
 
 // As many numbers as `Costs` has, in its order.
 void maskllm_get_costs(double* present) { std::memcpy(present, &costs, sizeof costs); }

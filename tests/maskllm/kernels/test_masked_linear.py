@@ -358,7 +358,6 @@ def test_costs_are_measured_where_there_is_a_choice(costs):
     if measured and cpu.using() == "avx512-bf16":
         assert measured.slot > 0
         assert 0 < measured.slot_row < measured.once  # a row is less than reading all weights
-        assert measured.dense_rows == cpu.dense_rows()
 
 
 @pytest.mark.parametrize(
