@@ -48,7 +48,7 @@ HIGH = tl.constexpr(0x3244_4432_4444_3210)
 is zero."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_slots"])
 def row_kernel(
     x,  # (1, ins)
     weight,  # (outs, ins)
@@ -113,7 +113,7 @@ def _kept_products(total, x, values, indices, q, groups, MASKED: tl.constexpr, d
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["row_slots"])
 def linear_kernel(
     x,  # (rows, ins), rows x_stride apart
     weight,  # (outs, ins)
@@ -319,7 +319,7 @@ def _store(product, bias, out, m, n, mine, outs):
     tl.store(out + m.to(tl.int64) * outs + n, product.to(out.dtype.element_ty), mask=mine & (n < outs))
 
 
-@triton.jit(do_not_specialize=["rows", "slot"])
+@triton.jit(do_not_specialize=["rows", "slot"], do_not_specialize_on_alignment=["row_slots"])
 def rows_of_slot_kernel(
     x,  # (rows, ins), rows x_stride apart
     weight,  # (outs, ins), already masked

@@ -1,5 +1,6 @@
 """vLLM's linear layer with our operator inside: raw weight, resident masks, and each row's slot."""
 
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -31,8 +32,13 @@ steps, by `begin_step`, and every masked layer reads it.
 """
 padded: Tensor | None = None
 """`row_slots` and more of its last slot, for steps that vLLM pads to a captured CUDA graph's rows."""
-present: list[int] | None = []
-"""The slots in `row_slots`; None while a CUDA graph is captured, which is to serve any."""
+parts: list[tuple[int, int | None, list[int]]] | None = []
+"""On a GPU, of the step's rows: from which to which, and the slots in them.
+
+MANY rows of one slot, as a prompt has, are a part of their own, which the sparse tensor cores take however
+many others there are. None while a CUDA graph is captured, which is to serve any slots.
+"""
+MANY = 256
 _fixed: Tensor | None = None
 """Where captured CUDA graphs read every step's `row_slots`."""
 
@@ -48,13 +54,14 @@ def begin_step(slots: list[int] | None, device: torch.device, captured_rows: int
 
     On a GPU they go where captured graphs find them, of which the largest has `captured_rows`.
     """
-    global row_slots, padded, present
-    row_slots, present = None, sorted(set(slots or []))
+    global row_slots, padded, parts
+    row_slots, parts = None, []
     if device.type == "cpu":
         row_slots = padded = None if slots is None else torch.tensor(slots, dtype=torch.int32)
         cpu.begin_step(row_slots)
     elif slots is not None:
         assert _fixed is not None, "reserve comes first"
+        parts = _parts(slots)
         # Rows past the step's own repeat its last slot, or they would add one to what a kernel reads.
         more = slots + slots[-1:] * (captured_rows - len(slots))
         padded = _fixed[: len(more)]
@@ -65,9 +72,20 @@ def begin_step(slots: list[int] | None, device: torch.device, captured_rows: int
 
 def begin_capture(rows: int, device: torch.device) -> None:
     """A CUDA graph is about to be captured that serves any slots: its kernels are not chosen by which."""
-    global present
+    global parts
     begin_step([0] * rows, device)
-    present = None
+    parts = None
+
+
+def _parts(slots: list[int]) -> list[tuple[int, int | None, list[int]]]:
+    """Runs of MANY rows of one slot, and what is between them. The last goes on to the end."""
+    ends, at = [0], 0
+    for _, run in groupby(slots):
+        begin, at = at, at + len(list(run))
+        if at - begin >= MANY:
+            ends += [begin, at]
+    found = pairwise([*ends, at])
+    return [(a, b if b < at else None, sorted(set(slots[a:b]))) for a, b in found if a < b]
 
 
 class MaskConfig(QuantizationConfig):
@@ -204,7 +222,7 @@ def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Ten
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # Captured are the kernels. A layer that has none is in no mask then: the manager refuses those.
-    without = slots.dtype == torch.bool and present is None
+    without = slots.dtype == torch.bool and parts is None
     if row_slots is None or rows.shape[0] < row_slots.shape[0] or without:  # or these are not the tokens
         if x.dtype == weight.dtype or x.is_cuda:
             return functional.linear(x, weight, bias)
@@ -214,7 +232,13 @@ def _layer(x: Tensor, weight: Tensor, slots: Tensor, bias: Tensor | None) -> Ten
         of_rows = padded[: rows.shape[0]]
         if padding := rows.shape[0] - of_rows.shape[0]:
             of_rows = torch.cat([of_rows, of_rows[-1:].expand(padding)])
-        out = multiply(rows, weight, slots, of_rows, bias, present)
+        if parts and len(parts) > 1:
+            out = x.new_empty(rows.shape[0], weight.shape[0])
+            for begin, end, present in parts:
+                part = slice(begin, end)
+                out[part] = multiply(rows[part], weight, slots, of_rows[part], bias, present)
+        else:
+            out = multiply(rows, weight, slots, of_rows, bias, parts[0][2] if parts else None)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
 

@@ -46,7 +46,7 @@ def requests() -> list[dict[str, object]]:
 
 
 async def ask_all(url: str, bodies: list[dict[str, object]]) -> list[dict]:
-    limits = httpx.Limits(max_connections=64)
+    limits = httpx.Limits(max_connections=128)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, headers=bearer()) as client:
         answers = await asyncio.gather(*(client.post("/v1/completions", json=b) for b in bodies))
     for answer in answers:
@@ -125,18 +125,21 @@ def test_a_gpu_answers_with_tokens_that_the_masked_model_itself_likes_best_or_ne
 ):
     """Its kernels have no fp32, and rounding to bfloat16 decides between logits that are near.
 
-    More masks than slots, and more rows than CUDA graphs are captured for, while prompts are read.
+    Prompts of each mask alone, then requests for more masks than slots, then more at a time than CUDA graphs
+    are captured for.
     """
     shutil.copytree(MASKS, tmp_path / "masks")
     options = ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.2", *options]
-    tokenizer, bodies = AutoTokenizer.from_pretrained(BASE), requests()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    alone = [{**requests()[0], "mask": name, "prompt": SHARED + STARTS[0]} for name in NAMES]
+    rounds = [*([body] for body in alone), requests(), requests() * 3]
     with serving(tmp_path / "masks", tmp_path / "server.log", *options) as server:
-        choices = asyncio.run(ask_all(server.url, bodies)) + asyncio.run(ask_all(server.url, bodies))
+        choices = [choice for bodies in rounds for choice in asyncio.run(ask_all(server.url, bodies))]
         log = server.log.read_text()
     assert ("Graph capturing finished" in log) == ("--enforce-eager" not in options)
     assert "without kernels" not in log
     own, others = [], []
-    for body, choice in zip(bodies * 2, choices, strict=True):
+    for body, choice in zip(itertools.chain(*rounds), choices, strict=True):
         prompt = tokenizer(body["prompt"]).input_ids
         for name, model in models.items():
             far = distance(model, prompt, choice["token_ids"])

@@ -112,7 +112,7 @@ def compile_for(capability, kernel, arguments, options):
     names = kernel.arg_names
     constants = {(names.index(n),): v for n, v in arguments.items() if not isinstance(v, str)}
     signature = {n: arguments[n] if isinstance(arguments[n], str) else "constexpr" for n in names}
-    free = {"rows", "slot", "used", "row_bytes"}
+    free = {"rows", "slot", "used", "row_slots", "row_bytes"}
     multiples = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
@@ -171,6 +171,19 @@ def test_a_gpu_gives_what_the_reference_gives(outs, ins, dtype):
             row_slots = torch.full((rows,), slot, dtype=torch.int32, device="cuda")
             got = gpu.linear(x, weight, slots, row_slots, bias, present=(slot,))
             check(got, x, weight, masks, row_slots, bias)
+
+
+@pytest.mark.gpu
+def test_layers_of_one_shape_that_a_gpu_writes_together_have_each_its_own_mask():
+    layers = [layer(512, 1024, torch.bfloat16, count=2) for _ in range(3)]
+    for _, masks, _ in layers:
+        masks[1] = best(torch.rand(512, 1024, device="cuda"))
+    gpu.fill_layers(1, ((slots, weight, pack(encode(masks[1].cpu()))) for weight, masks, slots in layers))
+    for weight, masks, slots in layers:
+        for rows in (1, 16, 100):  # the last from the metadata
+            x = torch.randn(rows, 1024, dtype=torch.bfloat16, device="cuda")
+            row_slots = torch.full((rows,), 1, dtype=torch.int32, device="cuda")
+            check(gpu.linear(x, weight, slots, row_slots, present=(1,)), x, weight, masks, row_slots)
 
 
 @pytest.mark.gpu

@@ -227,13 +227,39 @@ def test_captured_graphs_find_each_step_s_slots_in_one_place_and_no_step_waits(m
     for slots, padded in (([1, DENSE], [1, DENSE, DENSE, DENSE]), ([0, 1, 1, 0, 2], [0, 1, 1, 0, 2])):
         begin_step(slots, torch.device("cuda"), captured_rows=4)
         assert (linear.row_slots.tolist(), linear.padded.tolist()) == (slots, padded)
-        assert linear.present == sorted(set(slots))
+        assert linear.parts == [(0, None, sorted(set(slots)))]
         assert linear.row_slots.data_ptr() == linear.padded.data_ptr() == linear._fixed.data_ptr()
     assert done == [{"dtype": torch.int32, "pin_memory": True}, True] * 2
     linear.begin_capture(2, torch.device("cuda"))
-    assert (linear.row_slots.tolist(), linear.present) == ([0, 0], None)
+    assert (linear.row_slots.tolist(), linear.parts) == ([0, 0], None)
     begin_step(None, torch.device("cuda"))
     assert linear.row_slots is None
+
+
+@pytest.mark.parametrize(
+    ("slots", "parts"),
+    [
+        ([2] * 255, [(0, None, [2])]),
+        ([2] * 256, [(0, None, [2])]),
+        ([0, 1, DENSE] * 100, [(0, None, [DENSE, 0, 1])]),
+        ([0, 1, 1] + [2] * 256, [(0, 3, [0, 1]), (3, None, [2])]),
+        ([DENSE] * 256 + [2] * 300 + [0], [(0, 256, [DENSE]), (256, 556, [2]), (556, None, [0])]),
+        ([2] * 255 + [0] + [2] * 255, [(0, None, [0, 2])]),
+    ],
+)
+def test_a_prompt_is_multiplied_by_itself_however_many_others_there_are(slots, parts):
+    assert linear._parts(slots) == parts
+
+
+def test_a_layer_is_the_same_in_parts_and_the_last_part_goes_on(monkeypatch):
+    """Of 3 rows in parts, and a fourth that vLLM pads them with."""
+    x, weight, slots = arguments(torch.bfloat16, torch.bfloat16, 4)
+    begin_step([0, 1, 1], CPU)
+    expected = torch.ops.maskllm.any_layer(x, weight, slots, None)
+    assert not torch.equal(expected[0], expected[1])
+    for parts in ([(0, 1, [0]), (1, None, [1])], [(0, 2, [0, 1]), (2, None, [1])]):
+        monkeypatch.setattr(linear, "parts", parts)
+        torch.testing.assert_close(torch.ops.maskllm.any_layer(x, weight, slots, None), expected)
 
 
 def test_rows_that_a_graph_is_padded_with_use_the_slots_that_follow(monkeypatch):
@@ -251,7 +277,7 @@ def test_a_layer_without_kernels_is_dense_in_a_captured_graph(monkeypatch):
     x, weight, slots = torch.ones(1, 6), torch.ones(2, 6), torch.zeros(1, 2, 6, dtype=torch.bool)
     begin_step([0], CPU)
     assert torch.ops.maskllm.any_layer(x, weight, slots, None).tolist() == [[0, 0]]
-    monkeypatch.setattr(linear, "present", None)
+    monkeypatch.setattr(linear, "parts", None)
     assert torch.ops.maskllm.any_layer(x, weight, slots, None).tolist() == [[6, 6]]
 
 
