@@ -132,9 +132,10 @@ def routes(masks: Masks, capacity: Capacity, gpu: Capacity | None) -> APIRouter:
                         mask, new = await masks.put(name, landed.path)
                 elif source.url or source.sha256:
                     raise BadSource("a mask from a url needs both, `url` and `sha256`", "url")
-                elif (file := masks.path(source.file or own)) == masks.path(own):
-                    mask, new = await masks.put(name, file)
+                elif source.file in (None, own):  # which may be a link to elsewhere, as at the start
+                    mask, new = await masks.put(name, masks.folder / own)
                 else:
+                    file = masks.path(source.file)
                     with landing(masks.folder, masks.most_bytes) as landed:
                         await landed.receive(_content(file))
                         mask, new = await masks.put(name, landed.path, file.name)
@@ -177,12 +178,12 @@ def routes(masks: Masks, capacity: Capacity, gpu: Capacity | None) -> APIRouter:
     )
     async def put_alias(name: str, targets: AliasTargets, response: Response) -> AliasCard:
         """Let a name stand for a mask, or for several by weight. `default` answers what names no mask."""
-        response.status_code = 201 if masks.names.alias(name, targets.masks) else 200
+        response.status_code = 201 if await masks.names.alias(name, targets.masks) else 200
         return AliasCard(id=name, masks=targets.masks)
 
     @router.delete("/aliases/{name}", status_code=204, dependencies=[ADMIN])
     async def delete_alias(name: str) -> None:
-        masks.names.unalias(name)
+        await masks.names.unalias(name)
 
     @router.get("/capacity", dependencies=[ADMIN])
     async def show_capacity() -> CapacityCard:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
@@ -97,6 +98,15 @@ class UnwritableFolder(ServerError):
 
     status = 507
     param = None
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """While the block runs, what the system will not do is the masks folder's: raises UnwritableFolder."""
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
 
 
 class TooLarge(ServerError):

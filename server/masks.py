@@ -9,8 +9,8 @@ import logging
 import os
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -21,15 +21,7 @@ from pydantic import BaseModel
 from maskllm.core import maskset
 from maskllm.core.base import Base
 from maskllm.core.maskset import MaskError, MaskSet
-from server.errors import (
-    BadMaskName,
-    MaskInUse,
-    NoRoom,
-    RefusedMask,
-    UnavailableMask,
-    UnknownMask,
-    UnwritableFolder,
-)
+from server.errors import BadMaskName, MaskInUse, NoRoom, RefusedMask, UnavailableMask, UnknownMask, writing
 from server.metrics import Metrics
 from server.names import DENSE, NAME, PARTIAL, UNFIT, BadState, Names
 
@@ -171,7 +163,7 @@ class Masks:
         self.engine = engine
         self.slots = slots
         self.room = room
-        self.place = place
+        self.place = self._least = place
         """Bytes that each mask in host memory may take: as many as the largest one needs."""
         self.known: dict[str, Mask] = {}
         self.refused: dict[str, str] = {}
@@ -188,10 +180,13 @@ class Masks:
                 "be left for the others: start with more --slots, or take pins out of the file"
             )
         self._ids = count(1)
-        self._waiting: list[object] = []
+        # For a place in host memory, first come, first served; for the engine; for their last request to end.
+        self._waiting: list[Mask] = []
+        self._loading: list[Mask] = []
+        self._leaving: list[Mask] = []
         self._drains: dict[int, asyncio.Task[None]] = {}
-        self._loading = 0
-        self._leaving = 0
+        self._wanted_s = 0.0
+        """When somebody last waited for a place."""
         self._locks: defaultdict[str, Lock] = defaultdict(Lock)
 
     @property
@@ -218,6 +213,7 @@ class Masks:
             except (BadMaskName, RefusedMask) as error:
                 self.refused[name] = str(error)
                 logger.warning("refused %s: %s", path.name, error)
+        self._fit()
         logger.info("masks: %s", ", ".join(self.known) or "none found")
 
     def lose(self) -> None:
@@ -230,7 +226,7 @@ class Masks:
         self.lose()  # what was under way when the last one died may have come to an end since
         self._lost |= {mask.id: mask for name, mask in self.known.items() if name in self.names.pinned}
         for mask in list(self._lost.values()):
-            async with self._locks[mask.name]:
+            async with self._locked(mask.name):
                 if self._is_current(mask):
                     try:
                         await self._load(self.known[mask.name])  # which may have another path by now
@@ -260,7 +256,10 @@ class Masks:
         if mask.id in self.packed:
             return True
         end = time.monotonic() + ROOM_WAIT_S  # before the lock: who waits for it does not wait again
-        async with self._locks[mask.name]:
+        while mask.id in self._drains:  # which holds the lock for as long as the longest answer takes
+            if not (await asyncio.wait([self._drains[mask.id]], timeout=end - time.monotonic()))[0]:
+                raise self._no_room()
+        async with self._locked(mask.name):
             if not self._is_current(mask):
                 return False
             await self._load(mask, end)
@@ -274,7 +273,8 @@ class Masks:
         freed. Raises BadMaskName, RefusedMask, UnavailableMask, NoRoom or UnwritableFolder, and then changes
         nothing.
         """
-        async with self._locks[name]:
+        self._keep(name)
+        async with self._locked(name):
             mask = await asyncio.to_thread(self._read, name, path, called)
             own = self.folder / f"{name}{SUFFIX}"
             moves = path.resolve() != own.resolve()
@@ -293,7 +293,8 @@ class Masks:
                 await self._load(mask, retired=was)
                 self.check(name)  # an alias may have taken the name meanwhile
                 if moves:
-                    mask = replace(mask, path=self._move(mask.path, own))
+                    with writing():
+                        mask = replace(mask, path=mask.path.replace(own))
             except BaseException:
                 if old is None or retired:
                     await self._unload(mask)
@@ -318,16 +319,20 @@ class Masks:
         Raises UnknownMask, or MaskInUse where an alias points to it.
         """
         mask = self.names.mask(name)
-        async with self._locks[mask.name]:
+        self._keep(mask.name)
+        async with self._locked(mask.name):
             self._check_current(mask)
-            if aliases := self.names.pointing(mask.name):
-                raise MaskInUse(f"alias {aliases[0]!r} points to mask {name!r}: change or delete it first")
-            self.names.pin(mask.name, False)
-            del self.known[mask.name]
+
+            def check() -> None:
+                if aliases := self.names.pointing(mask.name):
+                    raise MaskInUse(
+                        f"alias {aliases[0]!r} points to mask {name!r}: change or delete it first"
+                    )
+
+            await self.names.pin(mask.name, False, check)
+            del self.known[mask.name]  # at once, and an alias that is being written looks again
         await self._unload(mask)
-        if mask.name not in self.known:  # published anew while its last request was answered
-            if self._locks[mask.name].free:
-                del self._locks[mask.name]
+        if mask.name not in self.known:  # else published anew while its last request was answered
             await self.engine.forget(mask.name)
 
     async def pin(self, name: str, pinned: bool) -> Mask:
@@ -337,19 +342,47 @@ class Masks:
         pin of a mask whose file has gone counts, as it may come back; unpinned, UnknownMask says so.
         """
         if not pinned and name in self.names.pinned - self.known.keys():
-            self.names.pin(name, False)
-            raise UnknownMask(f"no mask {name!r}, and no pin of that name any more")
+            async with self._locked(name):
+                if name not in self.known:
+                    await self.names.pin(name, False)
+                    raise UnknownMask(f"no mask {name!r}, and no pin of that name any more")
         mask = self.names.mask(name)
-        async with self._locks[mask.name]:
+        self._keep(mask.name)
+        async with self._locked(mask.name):
             self._check_current(mask)
+
+            def check() -> None:
+                if pinned:
+                    self._check_pins(mask)
+
+            check()
             if pinned:
-                self._check_pins(mask)
                 await self._load(mask)
-                self._check_pins(mask)  # others may have been pinned meanwhile
-            self.names.pin(mask.name, pinned)
+            await self.names.pin(mask.name, pinned, check)  # again, as others may have been pinned meanwhile
             if mask.id in self.packed:
                 await self.engine.pin(mask, pinned)
         return mask
+
+    @asynccontextmanager
+    async def _locked(self, name: str) -> AsyncIterator[None]:
+        """One at a time for each name; of names that come and go nothing stays."""
+        lock = self._locks[name]
+        try:
+            async with lock:
+                yield
+        finally:
+            if name not in self.known and lock.free:
+                self._locks.pop(name, None)
+
+    def _keep(self, name: str) -> None:
+        """Let a mask stay that was to leave once its requests are answered, for which no admin waits."""
+        if (mask := self.known.get(name)) and (drain := self._drains.pop(mask.id, None)):
+            drain.cancel()
+
+    def _fit(self) -> None:
+        """Settle the size of a place: no mask that is known, or held, or coming, takes more."""
+        held = (*self.packed.values(), *self._waiting, *self._loading, *self._leaving)
+        self.place = max([self._least, *(mask.packed_bytes for mask in (*self.known.values(), *held))])
 
     def _is_current(self, mask: Mask) -> bool:
         known = self.known.get(mask.name)
@@ -442,23 +475,12 @@ class Masks:
                 f"{called} takes {size} bytes of host memory, and masks may take {self.room}: "
                 "start with more --packed"
             )
-        self.place = max(self.place, size)
         return Mask(name, path, next(self._ids), replace(mask_set, packed={}), size)
 
     def _sync(self, file: Path) -> None:
         """Have a file on the disk, so that a power cut leaves no part of it under another name."""
-        try:
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        except OSError as error:
-            raise UnwritableFolder(f"{error.strerror}: the masks folder cannot take the file") from None
-
-    def _move(self, file: Path, own: Path) -> Path:
-        """Give a file of the folder its name."""
-        try:
-            return file.replace(own)
-        except OSError as error:
-            raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
+        with writing(), file.open("rb") as written:
+            os.fsync(written.fileno())
 
     async def _load(self, mask: Mask, end: float | None = None, retired: Mask | None = None) -> None:
         """Pack a mask, pinned if its name is, where it is not packed yet; wait for room until `end`.
@@ -469,30 +491,27 @@ class Masks:
             return
         failures = self.metrics.load_failures.labels(mask.name)
         with failures.count_exceptions((UnavailableMask, NoRoom)):
-            await self._make_room(end or time.monotonic() + ROOM_WAIT_S, retired)
-            self._loading += 1
-            try:
+            await self._make_room(mask, end or time.monotonic() + ROOM_WAIT_S, retired)
+            with among(self._loading, mask):
                 if refusal := await self.engine.load(mask):
                     raise UnavailableMask(
                         f"mask {mask.name!r} cannot be loaded: {refusal}; "
                         f"put its file back, or PUT /v1/masks/{mask.name}"
                     )
                 self.packed[mask.id] = mask
-            finally:
-                self._loading -= 1
         if mask.name in self.names.pinned:
             await self.engine.pin(mask, True)
 
-    async def _make_room(self, end: float, retired: Mask | None) -> None:
+    async def _make_room(self, mask: Mask, end: float, retired: Mask | None) -> None:
         """Wait for a place in host memory; places go to those who wait in the order in which they came.
 
         Where the limit is reached, the least recently used mask that is not pinned leaves: an idle one at
         once, else one in use, as soon as the requests that it has are answered. Raises NoRoom at `end`.
         """
-        me = object()
-        self._waiting.append(me)
-        try:
-            while self._taken() + (ahead := self._waiting.index(me)) >= self.limit:
+        with among(self._waiting, mask):
+            self._fit()
+            while self._taken() + (ahead := self._waiting.index(mask)) >= self.limit:
+                self._wanted_s = time.monotonic()
                 others = [m for m in self.packed.values() if m is retired or m.name not in self.names.pinned]
                 free = [m for m in others if m is retired or self._locks[m.name].free]
                 idle = next((m for m in free if not self.engine.in_flight(m)), None)
@@ -503,39 +522,40 @@ class Masks:
                     async with self._locks[idle.name]:  # at once: who has it may wait for this one's place
                         await self._unload(idle)
                 elif not (others or self._loading or self._leaving or ahead) or time.monotonic() >= end:
-                    raise NoRoom(
-                        f"all {self.limit} masks that host memory may hold are in use: try again, or start "
-                        "with more --packed"
-                    )
+                    raise self._no_room()
                 elif busy and len(self._drains) < len(self._waiting):
                     self._drains[busy.id] = asyncio.create_task(self._drain(busy))
                 else:
                     await asyncio.sleep(ROOM_POLL_S)
             if self._drains and len(self._drains) >= len(self._waiting):
                 self._drains.popitem()[1].cancel()  # the place was another's
-        finally:
-            self._waiting.remove(me)
+
+    def _no_room(self) -> NoRoom:
+        return NoRoom(
+            f"all {self.limit} masks that host memory may hold are in use: try again, or start with more "
+            "--packed"
+        )
 
     def _taken(self) -> int:
         """How many places in host memory are taken, by masks that come or go, too."""
-        return len(self.packed) + self._loading + self._leaving
+        return len(self.packed) + len(self._loading) + len(self._leaving)
 
     async def _drain(self, mask: Mask) -> None:
         """Free a mask once its requests in flight are answered; new ones wait for their turn meanwhile.
 
-        Cancelled, it stays. Who waits for its place may give up: the drain goes on, so that the next attempt
-        finds the place even where answers take longer than a request waits.
+        Cancelled, it stays. Who waits for its place may give up: the drain goes on for as long again, so that
+        one who keeps trying finds the place even where answers take longer than a request waits.
         """
         async with self._locks[mask.name]:
             leaves = mask.id in self.packed and mask.name not in self.names.pinned
             if leaves:
                 del self.packed[mask.id]
-                self._leaving += 1
                 try:
-                    while self.engine.in_flight(mask):
-                        await asyncio.sleep(ROOM_POLL_S)
+                    with among(self._leaving, mask):
+                        while self.engine.in_flight(mask) and leaves:
+                            await asyncio.sleep(ROOM_POLL_S)
+                            leaves = time.monotonic() < self._wanted_s + ROOM_WAIT_S
                 finally:
-                    self._leaving -= 1
                     self.packed[mask.id] = mask
             del self._drains[mask.id]  # too late to be cancelled
             if leaves:
@@ -543,8 +563,16 @@ class Masks:
 
     async def _unload(self, mask: Mask) -> None:
         if self.packed.pop(mask.id, None):
-            self._leaving += 1  # its memory is taken until its last request has ended
-            try:
+            with among(self._leaving, mask):  # its memory is taken until its last request has ended
                 await self.engine.unload(mask)
-            finally:
-                self._leaving -= 1
+        self._fit()
+
+
+@contextmanager
+def among(masks: list[Mask], mask: Mask) -> Iterator[None]:
+    """While the block runs, the mask is one of these."""
+    masks.append(mask)
+    try:
+        yield
+    finally:
+        masks.remove(mask)

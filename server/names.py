@@ -1,10 +1,13 @@
 """What a request's name means: a mask, the dense base, or an alias that stands for some of them."""
 
+import asyncio
 import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +50,16 @@ class State(BaseModel, extra="forbid"):
     pinned: set[str] = set()
 
 
+@contextmanager
+def _kept(file: Path) -> Iterator[None]:
+    """Remove a file if the block fails."""
+    try:
+        yield
+    except BaseException:
+        file.unlink()
+        raise
+
+
 def _all(name: str) -> bool:  # noqa: ARG001
     return True
 
@@ -65,6 +78,7 @@ class Names:
         self.base_name = base_name
         self.known = known
         self.refused = refused
+        self._lock = asyncio.Lock()
         try:
             self.state = State.model_validate_json(file.read_bytes()) if file.exists() else State()
         except (ValidationError, OSError) as error:
@@ -126,29 +140,37 @@ class Names:
         """The aliases that stand for a mask, among others."""
         return [alias for alias, weights in self.aliases.items() if name in weights]
 
-    def alias(self, name: str, weights: dict[str, float]) -> bool:
+    async def alias(self, name: str, weights: dict[str, float]) -> bool:
         """Let a name stand for masks; whether it is new. Raises BadAlias or UnwritableFolder."""
+        async with self._lock:
+            new = name not in self.aliases
+            state = State(aliases={**self.aliases, name: weights}, pinned=self.pinned)
+            await self._save(state, partial(self._check_alias, name, weights))
+        return new
+
+    def _check_alias(self, name: str, weights: dict[str, float]) -> None:
         if not NAME.fullmatch(name) or name in (DENSE, self.base_name) or name in self.known:
             raise BadAlias(f"{name!r} cannot be an alias: it is {UNFIT}, or a mask's")
         for target in weights:
             if target != DENSE and target not in self.known:
                 known = ", ".join([*self.known, DENSE])
                 raise BadAlias(f"alias {name!r} would point to {target!r}, which is no mask; known: {known}")
-        new = name not in self.aliases
-        self._save(State(aliases={**self.aliases, name: weights}, pinned=self.pinned))
-        return new
 
-    def unalias(self, name: str) -> None:
+    async def unalias(self, name: str) -> None:
         """Forget an alias. Raises UnknownAlias or UnwritableFolder."""
-        if name not in self.aliases:
-            raise UnknownAlias(f"no alias {name!r}; known: {', '.join(self.aliases) or 'none'}")
-        rest = {alias: weights for alias, weights in self.aliases.items() if alias != name}
-        self._save(State(aliases=rest, pinned=self.pinned))
+        async with self._lock:
+            if name not in self.aliases:
+                raise UnknownAlias(f"no alias {name!r}; known: {', '.join(self.aliases) or 'none'}")
+            rest = {alias: weights for alias, weights in self.aliases.items() if alias != name}
+            await self._save(State(aliases=rest, pinned=self.pinned))
 
-    def pin(self, name: str, pinned: bool) -> None:
-        """Remember that a mask is pinned, or that it is not. Raises UnwritableFolder."""
-        if pinned != (name in self.pinned):
-            self._save(State(aliases=self.aliases, pinned=self.pinned ^ {name}))
+    async def pin(self, name: str, pinned: bool, check: Callable[[], None] = lambda: None) -> None:
+        """Remember that a mask is pinned, or not, unless `check` raises. Raises UnwritableFolder."""
+        async with self._lock:
+            if pinned == (name in self.pinned):
+                check()
+            else:
+                await self._save(State(aliases=self.aliases, pinned=self.pinned ^ {name}), check)
 
     def _is_model(self, model: str, name: str) -> bool:
         """Whether a model is "base:NAME", whatever the name, or a name that there is."""
@@ -167,19 +189,26 @@ class Names:
             None if each == DENSE else self.mask(each, may_use): weight for each, weight in weights.items()
         }
 
-    def _save(self, state: State) -> None:
-        """Write the file whole or not at all, and only then believe it."""
-        try:
+    async def _save(self, state: State, check: Callable[[], None] = lambda: None) -> None:
+        """Write the file whole or not at all, and only then believe it.
+
+        In a thread, as disks take their time; `check` raises where it must not be, before and after that.
+        """
+
+        def write() -> Path:
             out = tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=PARTIAL, delete=False)  # noqa: SIM115
-            try:
-                with out:
-                    out.write(state.model_dump_json(indent=2) + "\n")
-                    out.flush()
-                    os.fsync(out.fileno())  # a power cut must not leave an empty file under this name
-                Path(out.name).replace(self.file)
-            except OSError:
-                Path(out.name).unlink()
-                raise
+            with _kept(Path(out.name)), out:
+                out.write(state.model_dump_json(indent=2) + "\n")
+                out.flush()
+                os.fsync(out.fileno())  # a power cut must not leave an empty file under this name
+            return Path(out.name)
+
+        check()
+        try:
+            written = await asyncio.to_thread(write)
+            with _kept(written):
+                check()
+                written.replace(self.file)
         except OSError as error:
             raise UnwritableFolder(
                 f"{error.strerror}: aliases and pins are kept in {self.file.name} in the masks folder, which "

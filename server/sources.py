@@ -13,7 +13,7 @@ from typing import IO
 import fsspec
 from aiohttp import ClientTimeout, request
 
-from server.errors import RefusedMask, TooLarge, UnreachableSource, UnwritableFolder
+from server.errors import RefusedMask, TooLarge, UnreachableSource, UnwritableFolder, writing
 from server.names import PARTIAL
 
 SCHEMES = ("hf", "https", "http", "s3", "gs", "abfs")
@@ -28,10 +28,8 @@ MOST_S = 3600
 @contextmanager
 def landing(folder: Path, most: int) -> Iterator["Landing"]:
     """A file in the folder that takes up to `most` bytes, and is gone afterwards unless it was renamed."""
-    try:
+    with writing():
         file = tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PARTIAL, delete=False)  # noqa: SIM115
-    except OSError as error:  # not ours, read-only, or without room for another file
-        raise UnwritableFolder(f"{error.strerror}: the masks folder cannot be written") from None
     path = Path(file.name)
     try:
         path.chmod(0o644)
@@ -96,16 +94,12 @@ class Landing:
         if self._size > self._most:
             raise TooLarge(f"the file is larger than {self._most} bytes, which no mask of this base is")
         self._sha.update(chunk)
-        try:
+        with writing():
             self._file.write(chunk)
-        except OSError as error:
-            raise UnwritableFolder(f"{error.strerror}: the masks folder cannot take the file") from None
 
     def _flush(self) -> None:
-        try:
+        with writing():
             self._file.flush()
-        except OSError as error:
-            raise UnwritableFolder(f"{error.strerror}: the masks folder cannot take the file") from None
 
 
 async def apart(work: Callable[[], None]) -> None:

@@ -148,6 +148,20 @@ def test_host_memory_holds_fewer_of_larger_masks(masks: Masks):
     assert [mask.name for mask in masks.packed.values()] == ["code", "wide@v1"]
 
 
+def test_a_large_mask_that_is_refused_or_gone_leaves_the_others_their_places(masks: Masks):
+    kept = {name: best(torch.ones(shape), 4, 8) for name, shape in SHAPES.items()}
+    maskset.save(maskset.from_masks(kept, masks.base, n=4, m=8), masks.folder / "wide.safetensors")
+    masks.engine.refuse = "it needs --enforce-eager"
+    with pytest.raises(UnavailableMask, match="--enforce-eager"):
+        put(masks, "wide@v1", "wide")
+    assert masks.limit == 3
+    masks.engine.refuse = ""
+    put(masks, "wide@v1", "wide")
+    assert masks.limit == 2
+    asyncio.run(masks.delete("wide@v1"))
+    assert masks.limit == 3
+
+
 def test_all_who_wait_for_a_mask_are_refused_at_the_same_time(masks: Masks, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.2)
     masks.engine.busy = {asyncio.run(masks.load(name)).id for name in ("medical", "code", "novels")}
@@ -309,7 +323,10 @@ def test_of_names_that_come_and_go_no_lock_stays(masks: Masks):
     for name in ("a", "b"):
         put(masks, name, "legal")
         asyncio.run(masks.delete(name))
-    assert not {"a", "b"} & masks._locks.keys()
+    (masks.folder / "c.safetensors").write_bytes(b"no mask")
+    with pytest.raises(RefusedMask):
+        asyncio.run(masks.put("c", masks.folder / "c.safetensors"))
+    assert not {"a", "b", "c"} & masks._locks.keys()
 
 
 def test_a_new_engine_gets_what_the_last_one_had_and_nothing_that_was_deleted_meanwhile(masks: Masks):
@@ -378,7 +395,7 @@ def test_a_name_that_became_an_alias_while_its_mask_was_loading_is_no_mask(masks
         putting = asyncio.create_task(masks.put("tax", landed(masks, "medical")))
         while not masks.engine.held:
             await asyncio.sleep(0)
-        masks.names.alias("tax", {"legal": 1})
+        await masks.names.alias("tax", {"legal": 1})
         with pytest.raises(BadMaskName, match="'tax' is an alias"):
             await putting
 
@@ -528,6 +545,47 @@ def test_who_gave_up_waiting_finds_a_place_once_the_long_answers_have_ended(
         await masks.load("legal")
 
     asyncio.run(both())
+
+
+def test_a_mask_on_its_way_out_refuses_requests_in_time_and_stays_once_nobody_wants_its_place(
+    masks: Masks, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.6)
+    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
+    masks.engine.busy = {mask.id for mask in here}
+
+    async def leave_and_stay() -> None:
+        cold = asyncio.create_task(masks.load("legal"))
+        await asyncio.sleep(0.1)  # medical is to leave, once its answers have ended
+        with pytest.raises(NoRoom, match="all 3 masks"):
+            await asyncio.wait_for(masks.ready(here[0]), 1)
+        with pytest.raises(NoRoom):
+            await cold
+        assert here[0].id not in masks.packed  # who comes again soon finds it on its way
+        await asyncio.sleep(0.8)
+        assert await asyncio.wait_for(masks.ready(here[0]), 0.1)
+
+    asyncio.run(leave_and_stay())
+    assert set(masks.packed) == {mask.id for mask in here}
+
+
+@pytest.mark.parametrize("what", ["put", "pin"])
+def test_an_admin_does_not_wait_for_the_answers_of_a_mask_on_its_way_out(masks: Masks, what: str):
+    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
+    masks.engine.busy = {mask.id for mask in here}
+
+    async def meanwhile() -> None:
+        cold = asyncio.create_task(masks.load("legal"))
+        await asyncio.sleep(0.1)  # medical is to leave, once its answers have ended
+        if what == "put":
+            await asyncio.wait_for(masks.put("medical", landed(masks, "medical")), 0.5)
+        else:
+            await asyncio.wait_for(masks.pin("medical", True), 0.5)
+        assert here[0].id in masks.packed
+        masks.engine.busy.clear()
+        await asyncio.wait_for(cold, 1)
+
+    asyncio.run(meanwhile())
 
 
 def test_of_twice_as_many_masks_as_places_none_starves(masks: Masks, monkeypatch: pytest.MonkeyPatch):

@@ -1,8 +1,10 @@
 """What names mean, without an engine: masks, versions, aliases, and what a start keeps of the last."""
 
+import asyncio
 import json
 import os
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def names(tmp_path: Path) -> Names:
 
 
 def test_an_alias_answers_by_weight(names: Names):
-    names.alias("legal", {"legal@v1": 90, "legal@v2": 10})
+    asyncio.run(names.alias("legal", {"legal@v1": 90, "legal@v2": 10}))
     random.seed(0)
     drawn = Counter(names.resolve(None, query="legal").name for _ in range(2000))
     assert set(drawn) == {"legal@v1", "legal@v2"}
@@ -35,14 +37,14 @@ def test_an_alias_answers_by_weight(names: Names):
 
 def test_a_request_that_names_nothing_gets_the_default_alias_or_the_dense_base(names: Names):
     assert names.resolve("base") is None
-    names.alias("default", {"medical": 1})
+    asyncio.run(names.alias("default", {"medical": 1}))
     assert names.resolve("base").name == "medical"
     assert names.resolve("base", query="none") is None
     assert names.resolve("base:none") is None
 
 
 def test_an_alias_may_send_a_share_to_the_dense_base(names: Names):
-    names.alias("trial", {"medical": 1, "none": 1})
+    asyncio.run(names.alias("trial", {"medical": 1, "none": 1}))
     assert {names.resolve("trial") for _ in range(100)} == {None, names.known["medical"]}
 
 
@@ -50,12 +52,12 @@ def test_what_a_request_names_is_every_name_that_it_gives(names: Names):
     assert list(names.named("base:legal", query=None, header="code").values()) == ["code", "legal"]
     assert list(names.named("base", query="legal").values()) == ["legal"]
     assert list(names.named(None).values()) == ["none"]
-    names.alias("default", {"medical": 1})
+    asyncio.run(names.alias("default", {"medical": 1}))
     assert list(names.named("base").values()) == ["default"]
 
 
 def test_a_version_and_an_alias_that_stands_for_it_do_not_contradict(names: Names):
-    names.alias("legal", {"legal@v1": 99, "legal@v2": 1})
+    asyncio.run(names.alias("legal", {"legal@v1": 99, "legal@v2": 1}))
     assert names.resolve("base:legal", header="legal@v2").name == "legal@v2"
     with pytest.raises(ContradictingMasks, match="the header says 'medical'"):
         names.resolve("legal", header="medical")
@@ -71,7 +73,7 @@ def test_content_names_a_version_by_twelve_digits(names: Names):
 
 
 def test_what_is_unknown_is_refused_with_what_there_is(names: Names):
-    names.alias("legal", {"legal@v1": 1})
+    asyncio.run(names.alias("legal", {"legal@v1": 1}))
     with pytest.raises(UnknownMask, match="no mask 'nope'; known: legal, legal@v1, legal@v2, medical, none"):
         names.resolve(None, query="nope")
     with pytest.raises(UnknownMask, match="its file was refused: it is cut off"):
@@ -85,46 +87,64 @@ def test_what_is_unknown_is_refused_with_what_there_is(names: Names):
 @pytest.mark.parametrize("name", ["medical", "none", "base", "", "../x", "a b", "x@0123456789ab"])
 def test_an_alias_cannot_take_a_name_that_means_something_else(names: Names, name: str):
     with pytest.raises(BadAlias):
-        names.alias(name, {"medical": 1})
+        asyncio.run(names.alias(name, {"medical": 1}))
 
 
 def test_an_alias_points_to_masks_only(names: Names):
-    names.alias("legal", {"legal@v1": 1})
+    asyncio.run(names.alias("legal", {"legal@v1": 1}))
     with pytest.raises(BadAlias, match="'legal', which is no mask"):
-        names.alias("law", {"legal": 1})
+        asyncio.run(names.alias("law", {"legal": 1}))
 
 
 def test_an_alias_whose_mask_is_gone_says_so_and_shifts_no_traffic(names: Names):
-    names.alias("legal", {"legal@v1": 1, "legal@v2": 1})
+    asyncio.run(names.alias("legal", {"legal@v1": 1, "legal@v2": 1}))
     del names.known["legal@v2"]
     with pytest.raises(UnknownMask, match="no mask 'legal@v2'"):
         names.resolve(None, query="legal")
 
 
 def test_aliases_and_pins_outlive_the_server(names: Names):
-    names.alias("legal", {"legal@v1": 90, "legal@v2": 10})
-    names.pin("medical", True)
+    asyncio.run(names.alias("legal", {"legal@v1": 90, "legal@v2": 10}))
+    asyncio.run(names.pin("medical", True))
     again = Names(names.file, "base", names.known, {})
     assert again.aliases == {"legal": {"legal@v1": 90, "legal@v2": 10}}
     assert again.pinned == {"medical"}
     assert again.pointing("legal@v2") == ["legal"]
-    again.unalias("legal")
-    again.pin("medical", False)
+    asyncio.run(again.unalias("legal"))
+    asyncio.run(again.pin("medical", False))
     assert json.loads(names.file.read_text()) == {"aliases": {}, "pinned": []}
 
 
 def test_what_cannot_be_kept_is_not_done(names: Names, tmp_path: Path):
     names.file = tmp_path / "missing" / "masks.json"
     with pytest.raises(UnwritableFolder, match="No such file or directory"):
-        names.alias("legal", {"legal@v1": 1})
+        asyncio.run(names.alias("legal", {"legal@v1": 1}))
     assert names.aliases == {}
 
 
 def test_what_cannot_be_kept_leaves_no_part_of_a_file(names: Names, tmp_path: Path):
     names.file.mkdir()
     with pytest.raises(UnwritableFolder, match="Is a directory"):
-        names.alias("legal", {"legal@v1": 1})
+        asyncio.run(names.alias("legal", {"legal@v1": 1}))
     assert list(tmp_path.iterdir()) == [names.file]
+
+
+def test_a_mask_that_goes_while_an_alias_is_written_gets_none_and_nobody_waits_for_the_disk(
+    names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "fsync", lambda _: time.sleep(0.3))
+
+    async def both() -> None:
+        aliasing = asyncio.create_task(names.alias("law", {"medical": 1}))
+        await asyncio.sleep(0.1)
+        del names.known["medical"]
+        assert not aliasing.done()
+        with pytest.raises(BadAlias, match="would point to 'medical', which is no mask"):
+            await aliasing
+
+    asyncio.run(both())
+    assert names.aliases == {}
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -137,7 +157,7 @@ def test_a_damaged_state_file_is_refused_at_start(names: Names, content: str):
 
 
 def test_who_may_use_one_mask_learns_no_other_names(names: Names):
-    names.alias("secret", {"medical": 1})
+    asyncio.run(names.alias("secret", {"medical": 1}))
     for ask in (
         lambda: names.resolve("nope", may_use="legal@v1".__eq__),
         lambda: names.mask("x", "legal@v1".__eq__),
@@ -150,7 +170,7 @@ def test_who_may_use_one_mask_learns_no_other_names(names: Names):
 
 
 def test_who_may_use_only_an_alias_does_not_learn_what_is_missing_behind_it(names: Names):
-    names.alias("law", {"medical": 1})
+    asyncio.run(names.alias("law", {"medical": 1}))
     del names.known["medical"]
     names.refused["medical"] = "it is cut off"
     with pytest.raises(UnknownMask) as refused:
@@ -163,5 +183,5 @@ def test_who_may_use_only_an_alias_does_not_learn_what_is_missing_behind_it(name
 def test_what_is_kept_is_on_the_disk_before_it_has_its_name(names: Names, monkeypatch: pytest.MonkeyPatch):
     on_disk: dict[int, int] = {}  # bytes by inode
     monkeypatch.setattr(os, "fsync", lambda fd: on_disk.update({os.fstat(fd).st_ino: os.fstat(fd).st_size}))
-    names.alias("legal", {"legal@v1": 1})
+    asyncio.run(names.alias("legal", {"legal@v1": 1}))
     assert on_disk == {names.file.stat().st_ino: names.file.stat().st_size}
