@@ -64,7 +64,7 @@ MASK_PARAMETERS = {
 async def create_app(
     engine: Engine, masks: Masks, metrics: Metrics, access: Access, settings: Settings
 ) -> FastAPI:
-    """The app of one engine and its masks. A route without User, UserTurn or ADMIN is open to everyone."""
+    """The app of one engine and its masks. Every path but `access.OPEN` needs a key, where there are any."""
     app = FastAPI(
         title="maskllm",
         version=version("maskllm"),

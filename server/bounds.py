@@ -10,7 +10,7 @@ from pydantic_core import to_json
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.access import ANYONE, Caller
 from server.errors import TooMuch
@@ -28,6 +28,8 @@ MOST = {"allowed_token_ids": 1024, "logit_bias": 1024, "stop_token_ids": 120}
 MAX_BAD_CHARACTERS = 16 * 1024
 MAX_GRAMMAR_BYTES = 256 * 1024
 """vLLM reads bad words and grammars, once for each prompt, while every other request waits."""
+MOST_LOGPROBS = 256 * 1024
+"""Of the tokens of a request's prompts, in all answers: they are written while every other request waits."""
 GRAMMARS = {"structured_outputs", "response_format", "tools"}
 MEDIA = {
     "image_url",
@@ -44,6 +46,8 @@ SLOWEST = 1024
 """Bytes a second that a body brings at least, once PATIENCE_S have passed."""
 PATIENCE_S = 30
 """Seconds that a client may take for its headers, between two pieces of its body, and to read on."""
+MOST_PIPELINED = 16
+"""Requests of a connection that wait behind the one that is being answered."""
 
 
 class BodyLimit:
@@ -97,7 +101,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     Beyond the first the answer is a 400, and the connection is closed. One whose request does not come on is
     closed, too, and one whose client does not read is cut off: its request would hold a mask, a place among
-    those in flight and the memory of its answer for as long as the client likes.
+    those in flight and the memory of its answer for as long as the client likes. So is one with more than
+    MOST_PIPELINED requests: uvicorn would read thousands at a time, for each that it answers.
     """
 
     patience_s: float = PATIENCE_S
@@ -114,6 +119,8 @@ class BoundedHttp(HttpToolsProtocol):
     _body = 0
     _pending = 0
     """Bytes received since the parser last made anything of them."""
+    _running: RequestResponseCycle | None = None
+    """The request that is being answered; uvicorn's `cycle` is the last that came."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -125,6 +132,9 @@ class BoundedHttp(HttpToolsProtocol):
             self._reading.cancel()
         self.resume_writing()
         super().connection_lost(exc)
+        if self._running and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -157,7 +167,14 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._pending = 0
         self._await_more()
+        if len(self.pipeline) >= MOST_PIPELINED:
+            self.transport.abort()  # a 400 would be taken for the answer to another
+            raise ValueError("too many requests at a time")
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         self._pending = 0
@@ -200,7 +217,6 @@ def check(
     answers, tokens = "answers to a prompt", "tokens of an answer"
     asked = [
         ("n", given.get("n"), settings.max_n, answers),
-        ("best_of", given.get("best_of"), settings.max_n, answers),
         ("max_tokens", given.get("max_tokens"), settings.max_completion_tokens, tokens),
         ("max_completion_tokens", given.get("max_completion_tokens"), settings.max_completion_tokens, tokens),
     ]

@@ -28,9 +28,12 @@ logger = logging.getLogger("maskllm.requests")
 ID = re.compile(rb"[\x21-\x7e]{1,128}")
 WRITE_S = 0.1
 """How long a line may wait for others. Requests of one batch end together, and the next ones come first."""
+TOGETHER = 8
+"""Lines that are one record, which takes as long as one of a line; more would not go into a pipe whole."""
 MOST_LINES = 1000
-REPLACED = (b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank")
-"""Headers that vLLM reads and fails at where they are not its own; a priority is the body's to give."""
+REPLACED = (b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank", b"endpoint-load-metrics-format")
+"""Headers that vLLM reads and fails at where they are not its own; a priority is the body's to give, and an
+answer with metrics in its headers would collect all of them, for whoever asks."""
 CLIENT_GONE = 499
 """The status in the log of an answer that its client did not wait for; nginx's."""
 SERVER_FAULT = 500, "the server failed at this request; its log has more"
@@ -52,6 +55,8 @@ class Entry:
     prompt: Any = None
     charge: Callable[[int], None] = field(default=lambda _: None, repr=False)
     count_error: Callable[[int], None] = field(default=lambda _: None, repr=False)
+    prompt_logprobs: int = 0
+    """How many its answers will have."""
     parts: int = 0
     """How many of its parts are under way: the exchange itself, and each prompt in the engine."""
     write: Callable[["Entry"], None] = field(default=lambda _: None, repr=False)
@@ -109,12 +114,15 @@ class Lines:
     def write(self) -> None:
         """Write all, and keep none: what a rotated file that cannot be opened again does not take is lost."""
         lines, self.waiting = self.waiting, []
-        if not lines:
-            return
-        try:
-            logger.info("\n".join(map(json.dumps, lines)))  # one record: each takes as long as a line
-        except OSError as error:
-            logging.getLogger("maskllm").error("%d lines of the request log are lost: %s", len(lines), error)
+        lost, why = 0, ""
+        for at in range(0, len(lines), TOGETHER):
+            some = lines[at : at + TOGETHER]
+            try:
+                logger.info("\n".join(map(json.dumps, some)))
+            except OSError as error:
+                lost, why = lost + len(some), str(error)
+        if lost:
+            logging.getLogger("maskllm").error("%d lines of the request log are lost: %s", lost, why)
 
 
 LINES = Lines()

@@ -75,8 +75,6 @@ def routes(engine: Engine, masks: Masks, metrics: Metrics, access: Access) -> AP
                 "total": masks.slots,
             },
             "packed": {
-                "used": len(masks.packed),
-                "limit": masks.limit,
                 "bytes": sum(mask.packed_bytes for mask in masks.packed.values()),
                 "most_bytes": masks.limit * masks.place,
             },

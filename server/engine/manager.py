@@ -31,6 +31,7 @@ from maskllm.core.maskset import MaskError, MaskSet
 from maskllm.kernels import DENSE, cpu
 from maskllm.kernels.masked_linear import allocate, fill_layers
 from server.engine import linear
+from server.engine.plugin import leave_interrupts_to_parent
 from server.engine.shards import Shard, shard, shards
 from server.metrics import SWAP_SECONDS
 
@@ -44,6 +45,7 @@ class MaskManager:
     """Owns the packed masks and the slots of one worker: of its rank's shards, where there are several."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: object) -> None:  # noqa: ARG002
+        leave_interrupts_to_parent()  # a worker may be a process of its own
         self.device = device
         self.slots = vllm_config.lora_config.max_loras
         graphs = vllm_config.compilation_config
@@ -245,8 +247,7 @@ class MaskManager:
             if layer not in parts or parts[layer].whole != shape:
                 has = parts[layer].whole if layer in parts else None
                 raise MaskError(f"layer {layer} is {shape}, but {has} in the engine's model")
-        if self.captures:
-            self._check_captured(mask_set)
+        self._check_kernels(mask_set)
         mask_set = shard(mask_set, parts)
         if self.device.type == "cuda":
             # From pinned memory a swap takes a ninth. Layer by layer: whoever pins keeps all others from the
@@ -255,20 +256,25 @@ class MaskManager:
             mask_set = replace(mask_set, packed=packed)
         return mask_set, time.perf_counter() - begin
 
-    def _check_captured(self, mask_set: MaskSet) -> None:
-        """Raise MaskError for a mask that captured CUDA graphs would not serve as it is.
+    def _check_kernels(self, mask_set: MaskSet) -> None:
+        """Raise MaskError for a mask that kernels do not take, where only they will do.
 
-        They have the kernels, or nothing, in each layer, and read slots that are never replaced.
+        Captured CUDA graphs have the kernels, or nothing, in each layer, and read slots that are never
+        replaced. And slots of int8 are smaller than the reference's, which nobody has made room for.
         """
+        if not self.captures and self.mask_dtype != torch.int8:
+            return
+        option = "--enforce-eager" if self.captures else "--mask-dtype auto"
         for name, parts in self.parts.items():
             if self.layers[name].get_buffer("slots").dtype == torch.bool:
-                why_not = "" if parts.keys().isdisjoint(mask_set.shapes) else "has no kernels here"
+                none = not self.captures or parts.keys().isdisjoint(mask_set.shapes)
+                why_not = "" if none else "has no kernels here"
             elif (mask_set.n, mask_set.m) != (2, 4):
                 why_not = f"would be masked {mask_set.n}:{mask_set.m}"
             else:
                 why_not = "" if parts.keys() <= mask_set.shapes.keys() else "is left out, or a part of it"
             if why_not:
-                raise MaskError(f"layer {name} {why_not}, which needs the server's option --enforce-eager")
+                raise MaskError(f"layer {name} {why_not}, which needs the server's option {option}")
 
     def _swap_in(self, mask_id: int, keep: list[int]) -> None:
         """Fill a free slot, or that of the least recently used mask which this step does not use.

@@ -18,7 +18,6 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest as VLL
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ModelList
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.entrypoints.serve.instrumentator.health import router as health_router
 from vllm.entrypoints.serve.tokenize.api_router import detokenize as text_of_tokens
 from vllm.entrypoints.serve.tokenize.api_router import tokenize as tokens_of_text
 from vllm.entrypoints.serve.tokenize.protocol import (
@@ -48,7 +47,6 @@ __all__ = [
     "TokenizeResponse",
     "answer",
     "get_prometheus_registry",
-    "health_router",
     "lifespan",
     "status_of",
     "streamed_error",

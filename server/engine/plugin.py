@@ -4,7 +4,7 @@ import os
 import threading
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import parent_process
-from signal import SIGTERM
+from signal import SIG_IGN, SIGINT, SIGTERM, signal
 
 VLLM = "0.32.0"
 
@@ -37,14 +37,19 @@ def register() -> None:
 
 def end_with_parent() -> None:
     """Let this process end when the one that started it has: engines would outlive an API that was killed."""
-    parent = parent_process()
+    if parent := parent_process():
 
-    def watch() -> None:
-        if parent:
+        def watch() -> None:
             parent.join()
             os.kill(os.getpid(), SIGTERM)
 
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+        threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def leave_interrupts_to_parent() -> None:
+    """Ctrl-C reaches every process that a terminal has started, and the API lets requests finish first."""
+    if parent_process():
+        signal(SIGINT, SIG_IGN)
 
 
 def check_version() -> None:

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
-from server.engine.plugin import end_with_parent
+from server.engine.plugin import end_with_parent, leave_interrupts_to_parent
 
 
 class Turns:
@@ -94,6 +94,7 @@ class MaskScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         end_with_parent()  # here, as an engine that was forked loads no plugin again
+        leave_interrupts_to_parent()
         self.turns = Turns(self.lora_config.max_loras, self.vllm_config.additional_config["turn_steps"])
         self.let_in: dict[int, int] = {}  # mask -> beginning of the turn in which room was made for it
         # Always in a slot: they need no turn, and leave at least one of the slots to the others.

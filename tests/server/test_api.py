@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import time
 
 import openai
 import pytest
@@ -352,8 +353,16 @@ def test_every_family_of_the_design_is_exported_by_mask_beside_vllms_own(http):
 def test_which_masks_run_is_one_series_however_many_ran_before(http):
     for mask in ("legal", "medical", "code"):
         http.post("/v1/completions", params={"mask": mask}, json=ASK)
-    series = re.findall(r"^vllm:lora_requests_info{.*$", http.get("/metrics").text, re.M)
+    long, begun = {**ASK, "max_tokens": 400, "ignore_eos": True, "stream": True}, time.time()
+    with http.stream("POST", "/v1/completions", params={"mask": "legal"}, json=long) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        series = re.findall(r"^vllm:lora_requests_info({.*}) (.*)$", http.get("/metrics").text, re.M)
     assert len(series) == 1
+    labels, at = series[0]
+    assert 'running_lora_adapters="legal"' in labels
+    assert 'waiting_lora_adapters=""' in labels
+    assert float(at) >= begun  # the newest is the one that counts
 
 
 def test_a_prompt_that_is_too_long_is_a_400_and_counted(http):

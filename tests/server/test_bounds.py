@@ -14,9 +14,17 @@ from running import MAX_COMPLETION_TOKENS, Server
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
+from test_api import metric
 
 from server.access import Caller, Key
-from server.bounds import MAX_HEADER_BYTES, SMALL_BODY_BYTES, BodyLimit, check
+from server.bounds import (
+    MAX_HEADER_BYTES,
+    MOST_LOGPROBS,
+    MOST_PIPELINED,
+    SMALL_BODY_BYTES,
+    BodyLimit,
+    check,
+)
 from server.engine.openai import CompletionRequest
 from server.errors import TooMuch
 from server.settings import Settings
@@ -162,6 +170,16 @@ def test_large_bodies_share_so_much_memory_and_small_ones_pass(monkeypatch: pyte
     asyncio.run(all_at_once())
 
 
+def test_requests_sent_at_once_are_answered_in_turn_unless_there_are_very_many(server: Server):
+    """uvicorn would read thousands more with each that it answers."""
+    one = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    last = one.replace(b"Host", b"Connection: close\r\nHost")
+    _, answers = talk(server, one * (MOST_PIPELINED - 1) + last)
+    assert answers.count(b"HTTP/1.1 200") == MOST_PIPELINED
+    _, answers = talk(server, one * 1000)
+    assert answers.count(b"HTTP/1.1") <= MOST_PIPELINED + 1
+
+
 @pytest.mark.parametrize(
     "flood",
     [
@@ -249,6 +267,31 @@ def test_every_answer_counts_not_every_prompt(server: Server):
         answer = http.post("/v1/completions", json={**ASK, "prompt": ["a"] * 65, "n": 2})
     message = answer.json()["error"]["message"]
     assert message == "130 answers (65 prompts times n=2) are too many: this server gives at most 128"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt_logprobs": 20}, {"echo": True, "logprobs": 20}, {"echo": True, "logprobs": 20, "stream": True}],
+)
+def test_more_logprobs_of_prompts_than_are_written_at_a_time_are_refused_before_any_is_made(
+    server: Server, fields
+):
+    """32 times 400 tokens, of each 21 in answers to it; the next prompt is one too many."""
+    most, each = 256 * 1024, 400 * 21
+    assert most == MOST_LOGPROBS
+    assert 31 * each < most < 32 * each
+    with server.client() as http:
+        body = {**ASK, "prompt": [[1] * 400] * 128, "max_tokens": 1, **fields}
+        begun = metric(http, "vllm:prompt_tokens_total")
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "prompt_logprobs"
+        assert f"asks for {32 * each} logprobs of its prompts' tokens" in answer.json()["error"]["message"]
+        assert metric(http, "vllm:prompt_tokens_total") == begun
+        several = http.post(
+            "/v1/completions", json={**body, "prompt": [[1] * 400] * 3, "n": 11, "stream": False}
+        )
+        assert several.json()["error"]["param"] == "prompt_logprobs"  # each answer has them
 
 
 def test_as_much_as_one_request_may_have_is_answered(server: Server):

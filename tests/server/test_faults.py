@@ -330,6 +330,7 @@ def test_when_the_engine_dies_requests_fail_at_once_and_another_engine_has_the_s
 
 def test_told_to_stop_it_refuses_new_requests_finishes_those_in_flight_and_exits_with_0(lone: Server):
     running = [in_flight(lone), in_flight(lone, stream=True)]
+    engine_of(lone).send_signal(signal.SIGINT)  # as Ctrl-C does in a terminal
     lone.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     with pytest.raises(httpx.ConnectError):

@@ -63,16 +63,22 @@ def test_refusals_are_logged_with_their_status_and_an_id_that_the_client_gets(se
     assert (logged["status"], logged["key"], logged["mask"]) == (401, None, None)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("n", [1, 3])
-def test_a_client_that_hangs_up_is_logged_as_499_with_what_it_cost(server: Server, stream: bool, n: int):
-    id = f"gone-{stream}-{n}"
+@pytest.mark.parametrize(
+    ("stream", "n", "more"),
+    [(True, 1, b""), (True, 3, b""), (False, 1, b""), (False, 3, b""), (True, 1, b"GET / HTTP/1.1\r\n\r\n")],
+    ids=["stream", "streams", "whole", "wholes", "another request sent behind it"],
+)
+def test_a_client_that_hangs_up_is_logged_as_499_with_what_it_cost(
+    server: Server, stream: bool, n: int, more: bytes
+):
+    id = uuid4().hex
     long = {**ASK, "max_tokens": 400, "n": n, "temperature": 1.0, "ignore_eos": True, "stream": stream}
     with server.client() as http:
         prompt = len(http.post("/tokenize", json={"prompt": ASK["prompt"]}).json()["tokens"])
         http.post("/v1/completions", json={**long, "max_tokens": 2})  # compiles what a batch of n needs
         before = metric(http, "vllm:generation_tokens_total")
-        with sent(server, "POST", "/v1/completions", id, json.dumps(long).encode()):
+        with sent(server, "POST", "/v1/completions", id, json.dumps(long).encode()) as connection:
+            connection.sendall(more)
             while metric(http, "vllm:generation_tokens_total") == before:
                 time.sleep(0.01)
     logged = line(server, id)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 
 import openai
@@ -16,6 +17,7 @@ from running import BASE, Server
 from test_logs import line
 from transformers import AutoTokenizer
 from vllm.exceptions import GracefulHTTPError
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.worker.gpu.sample.logit_bias import (
@@ -26,7 +28,7 @@ from vllm.v1.worker.gpu.sample.logit_bias import (
 
 from server import errors
 from server.bounds import MOST
-from server.engine.client import MaskedLLM
+from server.engine.client import EngineGone, MaskedLLM, tokenize_short_prompts_at_once
 from server.engine.openai import status_of
 from server.errors import ServerError
 from server.metrics import Metrics
@@ -212,6 +214,52 @@ def test_headers_of_vllms_that_are_not_for_everybody_change_nothing(http):
     for header in ("X-Vllm-Priority", "X-data-parallel-rank"):
         answer = http.post("/v1/completions", json=ASK, headers={header: str(2**70)})
         assert answer.status_code == 200
+    answer = http.post("/v1/completions", json=ASK, headers={"endpoint-load-metrics-format": "json"})
+    assert answer.status_code == 200
+    assert "endpoint-load-metrics" not in answer.headers
+
+
+def masked(
+    monkeypatch: pytest.MonkeyPatch, generate: Callable[..., AsyncIterator[RequestOutput]]
+) -> MaskedLLM:
+    """An engine's client without an engine, whose requests go as `generate` does."""
+    monkeypatch.setattr(AsyncLLM, "generate", generate)
+    llm = object.__new__(MaskedLLM)
+    llm.in_flight, llm.metrics = Counter(), Metrics(CollectorRegistry())
+    return llm
+
+
+def test_an_answer_that_the_engine_cuts_off_is_no_answer(monkeypatch):
+    """As one does that is told to end, by who restarts a unit or looks for memory."""
+    cut_off = CompletionOutput(0, "It was", [1, 2], None, None, finish_reason="abort")
+
+    async def generate(*_: object, **__: object):
+        yield RequestOutput("id", None, [1], None, [cut_off], finished=True)
+
+    llm = masked(monkeypatch, generate)
+
+    async def ask() -> list[RequestOutput]:
+        return [output async for output in llm._generate("a", None, "id")]
+
+    with pytest.raises(EngineGone) as gone:
+        asyncio.run(ask())
+    assert status_of(gone.value) == 503
+    count = llm.metrics.registry.get_sample_value
+    assert count("maskllm_requests_total", {"mask": "none", "reason": "abort"}) == 1
+    assert count("maskllm_generation_tokens_total", {"mask": "none"}) == 2  # which the engine did make
+
+
+def test_only_a_long_prompt_waits_for_a_thread_to_make_its_tokens():
+    renderer = SimpleNamespace(_tokenize_prompt=lambda prompt, params: (prompt, params, "here"))
+
+    async def in_thread(prompt: object, params: object) -> object:
+        return prompt, params, "in a thread"
+
+    renderer._tokenize_prompt_async = in_thread
+    tokenize_short_prompts_at_once(renderer)
+    for length, where in ((0, "here"), (512, "here"), (513, "in a thread")):
+        prompt = {"prompt": "a" * length}
+        assert asyncio.run(renderer._tokenize_prompt_async(prompt, 1)) == (prompt, 1, where)
 
 
 def test_a_request_at_which_the_engine_fails_is_a_500_that_quotes_nobody(monkeypatch, caplog):
@@ -221,9 +269,7 @@ def test_a_request_at_which_the_engine_fails_is_a_500_that_quotes_nobody(monkeyp
         raise EngineGenerateError from OverflowError("my secret prompt")
         yield
 
-    monkeypatch.setattr(AsyncLLM, "generate", fail)
-    llm = object.__new__(MaskedLLM)
-    llm.in_flight, llm.metrics = Counter(), Metrics(CollectorRegistry())
+    llm = masked(monkeypatch, fail)
 
     async def ask() -> None:
         async for _ in llm._generate("a", None, "id"):

@@ -102,10 +102,14 @@ def test_a_file_that_cannot_be_read_any_more_is_refused_with_its_reason_and_leav
         (1, ["a", "b"], ["a", "b"], "layer a would be masked 1:4"),
     ],
 )
-def test_a_mask_that_captured_graphs_would_not_serve_as_it_is_is_refused_and_others_are_not(
+def test_a_mask_that_needs_other_slots_is_refused_where_there_can_be_none_and_others_are_not(
     manager, tmp_path, n, layers, kernels, refusal
 ):
-    """They would go on reading slots that such a mask replaces, or read none."""
+    """Captured graphs would go on reading slots that such a mask replaces, or read none.
+
+    And slots of int8 would grow by 60 %, to one byte a weight; a layer that has such ones from the start may
+    have any mask.
+    """
     packed = {layer: torch.zeros(2, 1, dtype=torch.uint8) for layer in layers}
     path = tmp_path / "odd.safetensors"
     sha256 = maskset.save(MaskSet(n, 4, "base", dict.fromkeys(layers, (2, 8)), packed), path)
@@ -121,6 +125,11 @@ def test_a_mask_that_captured_graphs_would_not_serve_as_it_is_is_refused_and_oth
     manager.captures = True
     said = until_read(manager, request)
     assert said == (refusal and f"{refusal}, which needs the server's option --enforce-eager")
+    manager.captures, manager.mask_dtype = False, torch.int8
+    manager.remove_adapter(1)
+    said = until_read(manager, request)
+    grows = refusal and "has no kernels here" not in refusal
+    assert said == (f"{refusal}, which needs the server's option --mask-dtype auto" if grows else "")
 
 
 def test_a_gpu_s_swap_is_counted_when_the_gpu_has_done_it(manager, monkeypatch):
