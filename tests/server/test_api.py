@@ -350,6 +350,22 @@ def test_every_family_of_the_design_is_exported_by_mask_beside_vllms_own(http):
     assert "vllm:time_to_first_token_seconds" in text
 
 
+def test_a_mask_that_is_a_link_to_elsewhere_is_put_as_it_is_served_at_the_start(http, server, tmp_path):
+    elsewhere = shutil.copy(server.masks / "legal.safetensors", tmp_path)
+    link = server.masks / "linked.safetensors"
+    link.symlink_to(elsewhere)
+    try:
+        for body in ({}, {"json": {"file": link.name}}):
+            answer = http.put("/v1/masks/linked", **body)
+            assert answer.status_code in (200, 201), answer.text
+            assert answer.json()["file"] == link.name
+        refused = http.put("/v1/masks/other", json={"file": link.name})
+        assert refused.status_code == 400  # nobody names a file outside of the folder
+    finally:
+        http.delete("/v1/masks/linked")
+        link.unlink()
+
+
 def test_which_masks_run_is_one_series_however_many_ran_before(http):
     for mask in ("legal", "medical", "code"):
         http.post("/v1/completions", params={"mask": mask}, json=ASK)
