@@ -100,6 +100,13 @@ def put(masks: Masks, name: str, file: str) -> tuple[Mask, bool]:
     return asyncio.run(masks.put(name, landed(masks, file)))
 
 
+def all_in_use(masks: Masks) -> list[Mask]:
+    """Medical, code and novels have the three places in host memory, and each a request in flight."""
+    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
+    masks.engine.busy = {mask.id for mask in here}
+    return here
+
+
 def test_a_republished_pin_is_held_by_one_content_at_a_time(masks: Masks):
     asyncio.run(masks.pin("legal", True))
     new, _ = put(masks, "legal", "medical")
@@ -118,8 +125,7 @@ def test_a_put_that_fails_leaves_the_old_content_known_packed_and_pinned(masks: 
 
 
 def test_a_mask_waits_for_a_place_in_host_memory_until_one_is_idle(masks: Masks):
-    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
-    masks.engine.busy = {mask.id for mask in here}
+    here = all_in_use(masks)
 
     async def load() -> None:
         loading = asyncio.create_task(masks.load("legal"))
@@ -164,7 +170,7 @@ def test_a_large_mask_that_is_refused_or_gone_leaves_the_others_their_places(mas
 
 def test_all_who_wait_for_a_mask_are_refused_at_the_same_time(masks: Masks, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.2)
-    masks.engine.busy = {asyncio.run(masks.load(name)).id for name in ("medical", "code", "novels")}
+    all_in_use(masks)
 
     async def six() -> list[object]:
         waiting = [masks.ready(masks.known["legal"]) for _ in range(6)]
@@ -492,8 +498,7 @@ def test_those_who_wait_for_a_place_get_it_in_the_order_in_which_they_came(
     masks: Masks, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("server.masks.ROOM_POLL_S", 0.1)
-    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
-    masks.engine.busy = {mask.id for mask in here}
+    here = all_in_use(masks)
 
     async def use(name: str) -> None:
         masks.engine.busy.add((await masks.load(name)).id)
@@ -514,8 +519,7 @@ def test_those_who_wait_for_a_place_get_it_in_the_order_in_which_they_came(
 
 
 def test_a_mask_in_use_stays_where_another_was_idle_before_it_could_leave(masks: Masks):
-    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
-    masks.engine.busy = {mask.id for mask in here}
+    here = all_in_use(masks)
 
     async def both() -> None:
         cold = asyncio.create_task(masks.load("legal"))
@@ -532,8 +536,7 @@ def test_who_gave_up_waiting_finds_a_place_once_the_long_answers_have_ended(
     masks: Masks, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.05)
-    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
-    masks.engine.busy = {mask.id for mask in here}
+    here = all_in_use(masks)
 
     async def both() -> None:
         for _ in range(3):
@@ -551,8 +554,7 @@ def test_a_mask_on_its_way_out_refuses_requests_in_time_and_stays_once_nobody_wa
     masks: Masks, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("server.masks.ROOM_WAIT_S", 0.6)
-    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
-    masks.engine.busy = {mask.id for mask in here}
+    here = all_in_use(masks)
 
     async def leave_and_stay() -> None:
         cold = asyncio.create_task(masks.load("legal"))
@@ -571,8 +573,7 @@ def test_a_mask_on_its_way_out_refuses_requests_in_time_and_stays_once_nobody_wa
 
 @pytest.mark.parametrize("what", ["put", "pin"])
 def test_an_admin_does_not_wait_for_the_answers_of_a_mask_on_its_way_out(masks: Masks, what: str):
-    here = [asyncio.run(masks.load(name)) for name in ("medical", "code", "novels")]
-    masks.engine.busy = {mask.id for mask in here}
+    here = all_in_use(masks)
 
     async def meanwhile() -> None:
         cold = asyncio.create_task(masks.load("legal"))
