@@ -10,12 +10,12 @@ process, the same dtype, slots, KV cache and compilation. No request names a mas
 and only what is around them differs: our routes, key, limits, strict bodies, request log and metrics. Neither
 has uvicorn's access log.
 
-A round is one turn of each: requests one after another, streamed, for the time to the first token, then
-16 at a time for throughput. The order changes from round to round, and turns are short, so that what else
-happens on the machine meets both. Both are started anew several times: two starts of the same server differ
-by up to 6 % for as long as they run, so that one pair tells nothing. The first is a median over all
-requests. Throughput is all tokens over all seconds; the interval of its ratio is that of pairs drawn anew.
-The API process's CPU time is that of all requests of the second kind.
+First tokens are of requests one after another, streamed, to each server in turn: a median over all of them.
+For throughput 16 requests are always on their way to each, and a quarter of a second of one server follows
+one of the other: the machine's own speed changes by a tenth from second to second, and so meets both. It is
+all tokens over all seconds of its own. Both are started anew several times, as two starts of one server
+differ; the interval of the ratio is that of pairs drawn anew. The API process's CPU time is that of the
+requests of the second kind.
 """
 
 import argparse
@@ -26,8 +26,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +38,8 @@ import uvloop
 from report import Row, write
 from serving import BASE, MASKS, Server, running, serving
 
-PAIRS, ROUNDS, ONE_BY_ONE, TOGETHER, AT_A_TIME = 8, 8, 15, 128, 16
+PAIRS, TURNS, ONE_BY_ONE, AT_A_TIME = 8, 8, 15, 16
+SLICES, SLICE_S, WARM_UP = 120, 0.25, 8
 TOKENS, FIRST = 32, 4
 PROMPT = "The Secretary of the Treasury shall"
 NAMES = ("bare", "ours")
@@ -78,20 +80,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"how often both are started ({PAIRS})")
-    parser.add_argument("--quick", action="store_true", help="one pair and two rounds, only printed")
+    parser.add_argument("--quick", action="store_true", help="one pair and a few slices, only printed")
     parser.add_argument("options", nargs="*", help="options of maskllm serve for both, after --")
     args = parser.parse_args()
-    count, rounds = (1, 2) if args.quick else (args.pairs, ROUNDS)
-    pairs = [measure(f"pair {number + 1}", rounds, args.options) for number in range(count)]
+    count, slices = (1, 8) if args.quick else (args.pairs, SLICES)
+    pairs = [measure(f"pair {number + 1}", slices, args.options) for number in range(count)]
     rows = report(pairs)
     note = (
-        f"{TOKENS} tokens of the dense base, {count} pairs of servers, of each {rounds} rounds of "
-        f"{ONE_BY_ONE} requests one by one, of {FIRST} tokens, and {TOGETHER} of which {AT_A_TIME} at a time"
+        f"{TOKENS} tokens of the dense base, {AT_A_TIME} requests at a time; {count} pairs of servers, of "
+        f"each {slices} slices of {SLICE_S} s. First tokens of {TURNS * ONE_BY_ONE} requests one by one"
     )
     write("overhead", "python benchmarks/overhead.py", rows, note, of="figure", keep=not args.quick)
 
 
-def measure(label: str, rounds: int, options: list[str]) -> Pair:
+def measure(label: str, slices: int, options: list[str]) -> Pair:
     """Start both, let them take turns, and stop them."""
     pair = {name: Figures() for name in NAMES}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -101,12 +103,13 @@ def measure(label: str, rounds: int, options: list[str]) -> Pair:
         servers = {"bare": stack.enter_context(running(bare, Path(folder) / "bare.log")), "ours": ours}
         pause(servers["bare"])
         stack.callback(lambda: [resume(server) for server in servers.values()])
-        for turn in range(rounds + 1):
-            for name in NAMES if turn % 2 else reversed(NAMES):
+        for turn in range(TURNS + 1):
+            for name in in_turn(turn):
                 with its_turn(servers[name]):
-                    one = asyncio.run(take_turn(servers[name]))
+                    seconds = asyncio.run(one_by_one(servers[name]))
                 if turn:  # the first is a warm-up
-                    pair[name] += one
+                    pair[name].ttft_s += seconds
+        asyncio.run(together(servers, pair, slices))
     for name, figures in pair.items():
         ms = 1000 * statistics.median(figures.ttft_s)
         print(
@@ -116,19 +119,46 @@ def measure(label: str, rounds: int, options: list[str]) -> Pair:
     return pair
 
 
-async def take_turn(server: Server) -> Figures:
-    """Requests one after another, then some at a time."""
+def in_turn(turn: int) -> tuple[str, ...]:
+    """Who comes first changes."""
+    return NAMES if turn % 2 else NAMES[::-1]
+
+
+async def one_by_one(server: Server) -> list[float]:
+    """Seconds to the first token, of requests one after another."""
     async with server.session() as session:
-        first = [await ask(session, stream=True) for _ in range(ONE_BY_ONE)]
-        places, before, begin = asyncio.Semaphore(AT_A_TIME), cpu_time(server), time.perf_counter()
+        return [await ask(session, stream=True) for _ in range(ONE_BY_ONE)]
 
-        async def one() -> None:
-            async with places:
-                await ask(session, stream=False)
 
-        await asyncio.gather(*(one() for _ in range(TOGETHER)))
-        seconds = time.perf_counter() - begin
-    return Figures(first, TOGETHER * TOKENS, seconds, cpu_time(server) - before)
+async def together(servers: dict[str, Server], pair: Pair, slices: int) -> None:
+    """Always as many requests for each, of which one runs while the other is stopped."""
+    tokens, over = Counter[str](), False
+
+    async def client(name: str, session: aiohttp.ClientSession) -> None:
+        while not over:
+            await ask(session, stream=False)
+            tokens[name] += TOKENS
+
+    async with AsyncExitStack() as stack:
+        clients = []
+        for name, server in servers.items():
+            session = await stack.enter_async_context(server.session())
+            clients += [asyncio.create_task(client(name, session)) for _ in range(AT_A_TIME)]
+        for turn in range(WARM_UP + slices):
+            if turn == WARM_UP:
+                tokens.clear()
+                before = {name: cpu_time(server) for name, server in servers.items()}
+            for name in in_turn(turn):
+                with its_turn(servers[name]):
+                    begin = time.perf_counter()
+                    await asyncio.sleep(SLICE_S)
+                if turn >= WARM_UP:
+                    pair[name].seconds += time.perf_counter() - begin
+        over = True
+        for name, server in servers.items():
+            pair[name].tokens, pair[name].cpu_s = tokens[name], cpu_time(server) - before[name]
+            resume(server)
+        await asyncio.gather(*clients)
 
 
 def report(pairs: list[Pair]) -> list[Row]:

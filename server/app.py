@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request, params
+from fastapi import APIRouter, Depends, FastAPI, Request, params
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
@@ -37,7 +37,7 @@ from server.masks import Masks
 from server.metrics import Metrics
 from server.names import DENSE
 from server.settings import Settings
-from server.strict import FewFaults, StrictRoute, refuse_loose
+from server.strict import DirectRoute, FewFaults, StrictRoute, refuse_loose
 
 UNKNOWN = "unknown"
 """The mask label of requests whose mask does not exist: names that users invent are no labels."""
@@ -76,6 +76,7 @@ async def create_app(
         separate_input_output_schemas=False,
     )
     app.router.route_class = StrictRoute
+    computing = APIRouter(route_class=DirectRoute)
 
     async def check(request: BaseModel, raw_request: Request) -> None:
         if not settings.lenient:
@@ -127,7 +128,7 @@ async def create_app(
             response.headers["X-Mask"] = mask.label if mask else DENSE
         return response
 
-    @app.post(
+    @computing.post(
         "/v1/completions",
         responses={200: {"model": CompletionResponse, "content": STREAM}},
         openapi_extra=MASK_PARAMETERS,
@@ -137,7 +138,7 @@ async def create_app(
     ) -> Response:
         return await respond(request, raw_request, turn)
 
-    @app.post(
+    @computing.post(
         "/v1/chat/completions",
         responses={200: {"model": ChatCompletionResponse, "content": STREAM}},
         openapi_extra=MASK_PARAMETERS,
@@ -158,7 +159,7 @@ async def create_app(
         masks.names.resolve(request.model, may_use=caller.may_use)
         request.model = masks.base_name
 
-    @app.post("/tokenize", responses={200: {"model": TokenizeResponse}})
+    @computing.post("/tokenize", responses={200: {"model": TokenizeResponse}})
     async def tokenize(
         turn: UserTurn, request: Annotated[TokenizeRequest, FewFaults], raw_request: Request
     ) -> Response:
@@ -166,7 +167,7 @@ async def create_app(
         response: Response = await tokens_of_text(request, raw_request)
         return response
 
-    @app.post("/detokenize", responses={200: {"model": DetokenizeResponse}})
+    @computing.post("/detokenize", responses={200: {"model": DetokenizeResponse}})
     async def detokenize(
         turn: UserTurn, request: Annotated[DetokenizeRequest, FewFaults], raw_request: Request
     ) -> Response:
@@ -194,6 +195,7 @@ async def create_app(
     async def show_version() -> Any:
         return {"version": version("maskllm"), "vllm": vllm_version}
 
+    app.include_router(computing)
     app.include_router(admin.routes(masks, engine.capacity, engine.gpu))
     app.include_router(page.routes(engine, masks, metrics, access))
     _add_health(app, engine)

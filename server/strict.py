@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, TypeAdapter, ValidationError, WrapValidator
 from pydantic_core import from_json, to_json
+from starlette.types import Receive, Scope, Send
 
 from server.errors import BadField, in_shape
 
@@ -172,3 +173,28 @@ class StrictRoute(APIRoute):
             return in_shape(await handle(StrictRequest(request.scope, request.receive)))
 
         return handle_strictly
+
+
+class DirectRoute(StrictRoute):
+    """Of an endpoint that takes one dependency, a body and the request; for FastAPI only its schema.
+
+    FastAPI calls the same three, and takes 50 us for it, a fifth of what a request takes outside of vLLM's
+    handlers.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.app = self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        enter = self.dependant.dependencies[0].call
+        assert enter
+        assert self.body_field
+        request = StrictRequest(scope, receive)
+        entered = await enter(request)
+        body, faults = self.body_field.validate(await request.json(), loc=("body",))
+        if faults:
+            raise RequestValidationError(faults)
+        response: Response | None = await self.endpoint(entered, body, request)
+        if response is not None:  # None: the client has gone
+            await in_shape(response)(scope, receive, send)

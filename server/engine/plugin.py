@@ -7,6 +7,9 @@ from multiprocessing import parent_process
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
 
 VLLM = "0.32.0"
+NICE = 10
+"""Of an engine on the processors that the API needs, too. The API takes a fifth of one, and while it waits
+the engine's steps lack its requests: up to 7 % more tokens a second so."""
 
 
 class WrongVLLM(ImportError):
@@ -20,6 +23,7 @@ def register() -> None:
         QUANTIZATION_METHODS,
         register_quantization_config,
     )
+    from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker import lora_model_runner_mixin
 
@@ -33,6 +37,13 @@ def register() -> None:
     # and refuses real LoRA adapters.
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MaskManager
     EngineCore.pin_mask = pin_mask
+    if parent_process() and current_platform.is_cpu():
+        give_way()
+
+
+def give_way() -> None:
+    """Let the API's threads run before this one and those that it starts."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def end_with_parent() -> None:

@@ -118,6 +118,10 @@ def test_what_was_pinned_and_named_is_there_from_the_start(lone: Server):
         assert answer.headers["X-Mask"].startswith("legal@")
 
 
+def test_the_engine_leaves_processors_to_the_api_first(lone: Server):
+    assert engine_of(lone).nice() > psutil.Process(lone.process.pid).nice()
+
+
 def test_without_a_compiler_logprobs_are_answered_like_anything_else(lone: Server):
     with lone.client() as api:
         answer = api.post("/v1/completions", params={"mask": "legal"}, json={**SHORT, "logprobs": 2})
