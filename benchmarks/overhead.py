@@ -1,7 +1,7 @@
 """What our HTTP layer costs beside bare vLLM's own API server: first tokens and throughput.
 
     python benchmarks/overhead.py            # writes benchmarks/overhead.json
-    python benchmarks/overhead.py --quick    # few rounds, only printed
+    python benchmarks/overhead.py --quick    # a few slices, only printed
 
 Two servers of the demo base, both up, and stopped (SIGSTOP) unless it is their turn. *Ours* is
 `maskllm serve` as it comes; *bare* is vLLM's `build_app`, `init_app_state` and `serve_http` around an engine
@@ -90,7 +90,8 @@ def main() -> None:
         f"{TOKENS} tokens of the dense base, {AT_A_TIME} requests at a time; {count} pairs of servers, of "
         f"each {slices} slices of {SLICE_S} s. First tokens of {TURNS * ONE_BY_ONE} requests one by one"
     )
-    write("overhead", "python benchmarks/overhead.py", rows, note, of="figure", keep=not args.quick)
+    command = "python benchmarks/overhead.py" + (f" --pairs {count}" if count != PAIRS else "")
+    write("overhead", command, rows, note, of="figure", keep=not args.quick)
 
 
 def measure(label: str, slices: int, options: list[str]) -> Pair:
@@ -99,10 +100,11 @@ def measure(label: str, slices: int, options: list[str]) -> Pair:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ours = stack.enter_context(serving(MASKS, Path(folder), *options))
         pause(ours)
+        stack.callback(resume, ours)
         bare = [sys.executable, __file__, "bare", *options]
         servers = {"bare": stack.enter_context(running(bare, Path(folder) / "bare.log")), "ours": ours}
         pause(servers["bare"])
-        stack.callback(lambda: [resume(server) for server in servers.values()])
+        stack.callback(resume, servers["bare"])
         for turn in range(TURNS + 1):
             for name in in_turn(turn):
                 with its_turn(servers[name]):

@@ -184,17 +184,21 @@ class DirectRoute(StrictRoute):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        (dependency,) = self.dependant.dependencies
+        assert dependency.call
+        assert self.body_field
+        self._enter, self._read = dependency.call, self.body_field.validate
         self.app = self._answer
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        enter = self.dependant.dependencies[0].call
-        assert enter
-        assert self.body_field
-        request = StrictRequest(scope, receive)
-        entered = await enter(request)
-        body, faults = self.body_field.validate(await request.json(), loc=("body",))
+        response = await self._respond(StrictRequest(scope, receive))
+        await in_shape(response)(scope, receive, send)
+
+    async def _respond(self, request: Request) -> Response:
+        await request.body()  # before it enters: slow ones take no room
+        entered = await self._enter(request)
+        body, faults = self._read(await request.json(), loc=("body",))
         if faults:
             raise RequestValidationError(faults)
-        response: Response | None = await self.endpoint(entered, body, request)
-        if response is not None:  # None: the client has gone
-            await in_shape(response)(scope, receive, send)
+        answer: Response | None = await self.endpoint(entered, body, request)
+        return answer or Response(status_code=400)  # which nobody reads: the client has gone

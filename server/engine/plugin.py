@@ -23,7 +23,6 @@ def register() -> None:
         QUANTIZATION_METHODS,
         register_quantization_config,
     )
-    from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker import lora_model_runner_mixin
 
@@ -37,13 +36,16 @@ def register() -> None:
     # and refuses real LoRA adapters.
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MaskManager
     EngineCore.pin_mask = pin_mask
-    if parent_process() and current_platform.is_cpu():
+    if parent_process():
         give_way()
 
 
 def give_way() -> None:
-    """Let the API's threads run before this one and those that it starts."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
+    """Where the engine computes on the CPU, let the API's main thread run before this and those it starts."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def end_with_parent() -> None:

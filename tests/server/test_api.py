@@ -243,6 +243,10 @@ def test_a_republished_mask_answers_with_its_new_content_and_no_old_cache(http, 
         answer = http.post("/v1/completions", params={"mask": "moving"}, json=prompt)
         assert answer.json()["choices"] == answers[name]
         assert answer.headers["X-Mask"].startswith("moving@")
+        hits = metric(http, "vllm:prefix_cache_hits_total")
+        again = http.post("/v1/completions", params={"mask": "moving"}, json=prompt)
+        assert again.json()["choices"] == answers[name]
+        assert metric(http, "vllm:prefix_cache_hits_total") > hits  # so there are blocks that could be met
     assert http.delete("/v1/masks/moving").status_code == 204
 
 

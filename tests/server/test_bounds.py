@@ -199,6 +199,11 @@ def test_headers_without_end_are_a_400(server: Server, flood: bytes):
         assert http.get("/health", headers={"x": "a" * 30_000}).status_code == 200
 
 
+def test_headers_that_are_a_little_too_large_are_a_400(server: Server):
+    long = b"GET /health HTTP/1.1\r\nHost: x\r\nx: " + b"a" * (MAX_HEADER_BYTES + 1) + b"\r\n\r\n"
+    assert talk(server, long)[1].startswith(b"HTTP/1.1 400 ")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -260,6 +265,22 @@ def test_what_a_client_leaves_to_the_server_is_not_too_much(tmp_path: Path, sent
     check(CompletionRequest(**sent), sent, settings)
     with pytest.raises(TooMuch, match="16 tokens of an answer are too many: this server gives at most 8"):
         check(CompletionRequest(prompt="a", max_tokens=16), {"prompt": "a", "max_tokens": 16}, settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"n": 3}, "3 answers to a prompt are too many: this server gives at most 2"),
+        ({"prompt": ["a"] * 4, "n": 2}, r"8 answers \(4 prompts times n=2\) .* at most 6"),
+        ({"max_tokens": 9}, "9 tokens of an answer are too many: this server gives at most 8"),
+    ],
+)
+def test_an_operators_own_limits_are_the_ones_that_hold(tmp_path: Path, fields: dict, told: str):
+    own = Settings(model="base", masks=tmp_path, max_n=2, max_prompts=6, max_completion_tokens=8)
+    sent = {"prompt": "a", "max_tokens": 8, "n": 2}
+    check(CompletionRequest(**sent), sent, own)
+    with pytest.raises(TooMuch, match=told):
+        check(CompletionRequest(**sent | fields), sent | fields, own)
 
 
 def test_every_answer_counts_not_every_prompt(server: Server):

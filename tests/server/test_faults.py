@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from running import BASE, MASKS, ROOT, SLOTS, Server, serving
+from running import BASE, MASKS, ROOT, SLOTS, Server, sent, serving
 from serving import free_port
 from test_api import metric
 from test_logs import line
@@ -120,6 +120,16 @@ def test_what_was_pinned_and_named_is_there_from_the_start(lone: Server):
 
 def test_the_engine_leaves_processors_to_the_api_first(lone: Server):
     assert engine_of(lone).nice() > psutil.Process(lone.process.pid).nice()
+
+
+def test_requests_whose_bodies_do_not_come_on_take_no_room_from_others(lone: Server):
+    body = json.dumps(SHORT).encode()
+    with ExitStack() as stack:
+        for id in range(2 * BATCH):  # as many as the server takes
+            half = sent(lone, "POST", "/v1/completions", f"half-{id}", body[:-1], size=len(body))
+            stack.enter_context(half)
+        with lone.client() as api:
+            assert api.post("/v1/completions", json=SHORT).status_code == 200
 
 
 def test_without_a_compiler_logprobs_are_answered_like_anything_else(lone: Server):

@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from running import BASE, MASKS, Server
 from serving import BENCH
+from test_api import metric
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.core import maskset
@@ -70,7 +71,15 @@ def test_vllm_bench_serve_completes_over_three_masks(server: Server, tmp_path: P
     words = [word for option in options.items() for word in option]
     masks = ["--lora-modules", "legal", "medical", "code", "--ignore-eos", "--save-result"]
     command = [sys.executable, "-c", BENCH, *words, *masks]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with server.client() as http:
+
+        def answered() -> float:
+            names = ("legal", "medical", "code")
+            return sum(metric(http, "maskllm_requests_total", mask=name, reason="length") for name in names)
+
+        before = answered()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert answered() >= before + 8
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (8, 0, 32)

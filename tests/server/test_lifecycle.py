@@ -171,16 +171,29 @@ def test_a_url_brings_a_mask_only_with_its_right_sha256(api, web: str):
     assert api.delete("/v1/masks/far").status_code == 204
 
 
-def test_a_mask_is_known_then_packed_then_resident(api, server: Server, base: Base):
+def test_a_mask_is_packed_then_resident(api, server: Server, base: Base):
     random_mask(base, server.masks / "stages.safetensors", seed=7)
     assert api.put("/v1/masks/stages").json()["state"] == "packed"
-    assert state(api, "stages")["requests"] == 0
+    packed = state(api, "stages")
+    assert (packed["requests"], packed["resident_bytes"], packed["slot"]) == (0, 0, None)
     api.post("/v1/completions", params={"mask": "stages"}, json=ASK)
     seen = state(api, "stages")
     assert (seen["state"], seen["requests"], seen["in_flight"]) == ("resident", 1, 0)
     assert seen["slot"] in range(server.slots)
+    assert seen["resident_bytes"] == api.get("/v1/capacity").json()["bytes"]["slot"]
     assert seen["last_used"] > 1.7e9
     assert api.delete("/v1/masks/stages").status_code == 204
+
+
+def test_the_mask_that_leaves_its_slot_is_the_one_used_longest_ago(api, server: Server):
+    first, second, *others, extra = [f"turn{number}" for number in range(server.slots + 1)]
+    for name in (first, second, *others, extra):
+        assert api.put(f"/v1/masks/{name}", json={"file": "code.safetensors"}).status_code == 201
+    for name in (first, second, *others, first, extra):
+        assert api.post("/v1/completions", params={"mask": name}, json=ASK).status_code == 200
+    assert (state(api, first)["state"], state(api, second)["state"]) == ("resident", "packed")
+    for name in (first, second, *others, extra):
+        assert api.delete(f"/v1/masks/{name}").status_code == 204
 
 
 def test_a_mask_says_how_it_was_made_and_what_it_reached(api):

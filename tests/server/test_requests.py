@@ -59,8 +59,6 @@ def error_of(answer, status: int, kind: str = "invalid_request_error", param: st
         ({"max_token": 3}, "max_token", "did you mean 'max_tokens'?"),
         ({"Mask": "legal"}, "Mask", "did you mean 'mask'?"),
         ({"zzz": 1}, "zzz", "it would change nothing"),
-        ({"best_of": 2}, "best_of", "it was removed: use n"),
-        ({"guided_json": {}}, "guided_json", 'use structured_outputs={"json": ...} or response_format'),
         (
             {"stream": True, "stream_options": {"include_usge": True}},
             "stream_options.include_usge",
@@ -71,6 +69,14 @@ def error_of(answer, status: int, kind: str = "invalid_request_error", param: st
 def test_a_field_that_nobody_reads_is_refused_by_name(http, body, field, hint):
     message = error_of(http.post("/v1/completions", json={**ASK, **body}), 400, param=field)
     assert message == f"unknown field {field!r}; {hint}"
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", ASK), ("/v1/chat/completions", CHAT)])
+def test_a_field_of_old_is_refused_with_what_to_do_instead(http, path: str, body: dict):
+    assert {"best_of", "guided_json", "guided_regex", "guided_choice", "guided_grammar"} < ELSEWHERE.keys()
+    for field, instead in ELSEWHERE.items():
+        message = error_of(http.post(path, json={**body, field: {}}), 400, param=field)
+        assert message == f"unknown field {field!r}; {instead}"
 
 
 def test_unknown_fields_of_tools_and_of_tokenize_are_refused_too(http):
