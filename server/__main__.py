@@ -1,11 +1,9 @@
 """`maskllm serve`: read the settings, start the engine, find the masks, answer."""
 
-import asyncio
 import logging
 import signal
 import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,7 +18,7 @@ from server import logs
 from server.access import Access, BadKeys, read_keys
 from server.app import create_app, monitor
 from server.engine.client import BadOptions, start
-from server.engine.plugin import WrongVLLM, give_way
+from server.engine.plugin import WrongVLLM
 from server.masks import Masks
 from server.metrics import Metrics
 from server.names import BadState
@@ -31,8 +29,6 @@ logger = logging.getLogger("maskllm")
 
 async def run(settings: Settings) -> None:
     """Serve until told to stop."""
-    # Threads that read and check masks compete with the engine, not with what answers.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=give_way))
     keys = read_keys(settings.keys) if settings.keys else []
     folder = find(settings.model)
     base, metrics = read_base(folder), Metrics()

@@ -7,9 +7,6 @@ from multiprocessing import parent_process
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
 
 VLLM = "0.32.0"
-NICE = 10
-"""Of an engine on the processors that the API needs, too. The API takes a fifth of one, and while it waits
-the engine's steps lack its requests: up to 7 % more tokens a second so."""
 
 
 class WrongVLLM(ImportError):
@@ -36,16 +33,6 @@ def register() -> None:
     # and refuses real LoRA adapters.
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MaskManager
     EngineCore.pin_mask = pin_mask
-    if parent_process():
-        give_way()
-
-
-def give_way() -> None:
-    """Where the engine computes on the CPU, let the API's main thread run before this and those it starts."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def end_with_parent() -> None:

@@ -118,10 +118,6 @@ def test_what_was_pinned_and_named_is_there_from_the_start(lone: Server):
         assert answer.headers["X-Mask"].startswith("legal@")
 
 
-def test_the_engine_leaves_processors_to_the_api_first(lone: Server):
-    assert engine_of(lone).nice() > psutil.Process(lone.process.pid).nice()
-
-
 def test_requests_whose_bodies_do_not_come_on_take_no_room_from_others(lone: Server):
     body = json.dumps(SHORT).encode()
     with ExitStack() as stack:
