@@ -50,6 +50,9 @@ KNOWN_MISSES = {
     "end-to-end: batch 16 | bf16 slots, times": 1.3,
     # One mask's step is what became faster, by the head.
     "end-to-end: batch 16, 8 masks | int8 slots and head, times": 0.45,
+    # 0.15 ms of the API's processor a request more than 2.7, and what it waits for processors: 0.99 where the
+    # engine gives way, which then has none in a flood of refused requests.
+    "overhead: tokens/s, 16 at a time | ours / bare": 0.95,
     # Turns are fair to masks: a request for a hot one may come in its turn, and else waits half as long: 3.8
     # on two cores of a Zen 3, and 4.6 of a Zen 4, which is done with the hot ones sooner.
     "soak: TTFT p50, cold beside hot | value": 5.0,
