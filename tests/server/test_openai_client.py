@@ -170,11 +170,8 @@ def test_prompts_come_in_batches_and_as_token_ids(client, server: Server):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_aborts_its_request_in_the_engine(server: Server, stream):
-    many = {
-        "prompt": [LEGAL["prompt"]] * 8,
-        "n": 16,
-        "max_tokens": 450,
-    }  # 57,600 tokens: ten seconds and more
+    # 57,600 tokens: ten seconds and more
+    many = {"prompt": [LEGAL["prompt"]] * 8, "n": 16, "max_tokens": 450}
     body = {**LEGAL, **many, "ignore_eos": True, "temperature": 1.0, "stream": stream}
     with server.client() as http:
         before = metric(http, "maskllm_requests_total", mask="legal", reason="abort")

@@ -59,6 +59,8 @@ def error_of(answer, status: int, kind: str = "invalid_request_error", param: st
         ({"max_token": 3}, "max_token", "did you mean 'max_tokens'?"),
         ({"Mask": "legal"}, "Mask", "did you mean 'mask'?"),
         ({"zzz": 1}, "zzz", "it would change nothing"),
+        ({"best_of": 2}, "best_of", "it was removed: use n"),
+        ({"guided_json": {}}, "guided_json", 'use structured_outputs={"json": ...} or response_format'),
         (
             {"stream": True, "stream_options": {"include_usge": True}},
             "stream_options.include_usge",
