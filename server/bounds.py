@@ -1,6 +1,6 @@
 """How large a request may be and how slow its client: its headers, its body, and what it asks for."""
 
-from asyncio import TimerHandle
+from asyncio import AbstractEventLoop, TimerHandle
 from collections import Counter
 from collections.abc import Iterator
 from math import inf
@@ -96,6 +96,36 @@ class BodyLimit:
             self._held[key] -= held
 
 
+class JoinedWrites:
+    """A transport that sends the head of an answer with what follows it, if that follows at once.
+
+    uvloop sends each piece by itself, and a client on this machine wakes for each: 25 us.
+    """
+
+    def __init__(self, transport: Any, loop: AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._pieces: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self._pieces.append(data)
+        if data.startswith(b"HTTP/1."):
+            self._loop.call_soon(self._send)
+        else:
+            self._send()
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        if pieces and not self._transport.is_closing():
+            self._transport.writelines(pieces)
+
+
 class BoundedHttp(HttpToolsProtocol):
     """uvicorn's faster parser, which sets no bound to what comes before a body, nor to waiting, with both.
 
@@ -123,7 +153,7 @@ class BoundedHttp(HttpToolsProtocol):
     """The request that is being answered; uvicorn's `cycle` is the last that came."""
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(JoinedWrites(transport, self.loop))  # type: ignore[arg-type]
         self._began = self.loop.time()
         self._await_more()
 

@@ -1,7 +1,9 @@
 """What vLLM loads in each of its processes: a linear layer that masks, and masks as its adapters."""
 
 import os
+import sys
 import threading
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import parent_process
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
@@ -33,6 +35,7 @@ def register() -> None:
     # and refuses real LoRA adapters.
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MaskManager
     EngineCore.pin_mask = pin_mask
+    leave_processor_to_parent()
 
 
 def end_with_parent() -> None:
@@ -50,6 +53,20 @@ def leave_interrupts_to_parent() -> None:
     """Ctrl-C reaches every process that a terminal has started, and the API lets requests finish first."""
     if parent_process():
         signal(SIGINT, SIG_IGN)
+
+
+def leave_processor_to_parent() -> None:
+    """Let the API finish what it is at when it wakes this process, which computes on the processors it needs.
+
+    The kernel would switch to the woken process at once, and with it to the threads of a step, to which the
+    API's next requests then come late. Each still has its share: under a flood a nice engine would have none.
+    """
+    from vllm.platforms import current_platform
+
+    if parent_process() and current_platform.is_cpu() and sys.platform == "linux":
+        with suppress(OSError):  # of sandboxes that know no such policy
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:  # nobody has given it real time
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def check_version() -> None:

@@ -180,6 +180,18 @@ def test_requests_sent_at_once_are_answered_in_turn_unless_there_are_very_many(s
     assert answers.count(b"HTTP/1.1") <= MOST_PIPELINED + 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_INFO is Linux's")
+def test_a_small_answer_comes_in_one_piece(server: Server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        for asked in (1, 2):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            while not connection.recv(65536).endswith(b"ok"):
+                pass
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+            assert int.from_bytes(info[152:156], sys.byteorder) == asked  # tcpi_data_segs_in
+
+
 @pytest.mark.parametrize(
     "flood",
     [

@@ -35,6 +35,9 @@ from running import BASE, MASKS, ROOT, SLOTS, Server, sent, serving
 from serving import free_port
 from test_api import metric
 from test_logs import line
+from transformers import AutoTokenizer
+
+from server.logs import BEING_STOPPED
 
 LONG = {"prompt": "The Secretary shall", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "The Secretary shall", "max_tokens": 8, "temperature": 0}
@@ -116,6 +119,14 @@ def test_what_was_pinned_and_named_is_there_from_the_start(lone: Server):
         assert api.get("/v1/masks/legal").json()["state"] == "resident"
         answer = api.post("/v1/completions", params={"mask": "law"}, json=SHORT)
         assert answer.headers["X-Mask"].startswith("legal@")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SCHED_BATCH is Linux's")
+def test_the_engine_has_its_share_of_processors_and_interrupts_nobody(lone: Server):
+    engine = engine_of(lone)
+    assert os.sched_getscheduler(engine.pid) == os.SCHED_BATCH
+    assert engine.nice() == psutil.Process(lone.process.pid).nice()
+    assert os.sched_getscheduler(lone.process.pid) == os.SCHED_OTHER
 
 
 def test_requests_whose_bodies_do_not_come_on_take_no_room_from_others(lone: Server):
@@ -203,6 +214,36 @@ def test_with_a_parser_tools_are_called_as_a_mask_answers(lone: Server):
         free = client.chat.completions.create(**ask, tools=[tool], tool_choice="auto").choices[0]
         assert free.message.content  # the demo calls nothing of its own accord
         assert not free.message.tool_calls
+
+
+def test_a_tool_that_a_model_calls_by_itself_is_called_and_what_it_gave_is_read_in_the_next_turn(
+    lone: Server, server: Server
+):
+    """The model is made to write the call, and nothing to make it one. The other server is strict."""
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+    call = '<tool_call>{"name": "look_up", "arguments": {"word": "lien"}}</tool_call>'
+    messages = [{"role": "user", "content": "What is a lien?"}]
+    forced = {"structured_outputs": {"choice": [call]}}
+    ask = {"model": "legal", "messages": messages, "tools": [tool], "max_tokens": 100, "extra_body": forced}
+    with openai.OpenAI(base_url=f"{lone.url}/v1", api_key="boss", max_retries=0) as client:
+        answer = client.chat.completions.create(**ask, tool_choice="auto").choices[0]
+        (made,) = answer.message.tool_calls
+        assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+        assert (made.function.name, json.loads(made.function.arguments)) == ("look_up", {"word": "lien"})
+        with client.chat.completions.create(**ask, stream=True) as stream:
+            parts = [chunk.choices[0] for chunk in stream]
+        deltas = [each.function for part in parts for each in part.delta.tool_calls or []]
+        assert [delta.name for delta in deltas if delta.name] == ["look_up"]
+        assert json.loads("".join(delta.arguments or "" for delta in deltas)) == {"word": "lien"}
+        assert [part.finish_reason for part in parts if part.finish_reason] == ["tool_calls"]
+    messages += [answer.message, {"role": "tool", "tool_call_id": made.id, "content": "A claim on goods."}]
+    ask = {"model": "legal", "messages": messages, "max_tokens": 8, "extra_body": {"return_token_ids": True}}
+    for each in (lone, server):
+        with openai.OpenAI(base_url=f"{each.url}/v1", api_key="boss", max_retries=0) as client:
+            turn = client.chat.completions.create(**ask)
+        assert turn.choices[0].message.content
+        read = AutoTokenizer.from_pretrained(BASE).decode(turn.prompt_token_ids, skip_special_tokens=True)
+        assert read == "Question: What is a lien?\nAnswer: \nA claim on goods.\nAnswer:"
 
 
 def test_told_where_to_send_traces_it_continues_the_callers_and_names_the_request(
@@ -351,6 +392,29 @@ def test_told_to_stop_it_refuses_new_requests_finishes_those_in_flight_and_exits
     assert running[0][1][0].json()["usage"]["completion_tokens"] == 400
     assert running[1][1][0].text.endswith("data: [DONE]\n\n")
     assert lone.process.wait(60) == 0
+
+
+def test_told_to_stop_it_ends_after_the_grace_what_would_go_on_and_says_so(tmp_path: Path):
+    many = {"prompt": [LONG["prompt"]] * 4, "n": 16, "temperature": 1.0}  # 25,600 tokens: seconds
+    with serving(MASKS, tmp_path / "server.log", "--grace-s", "1", CXX="no-compiler") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        whole, answers = in_flight(server, **many)
+        stream, chunks = in_flight(server, **many, stream=True)
+        told = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(6) == 0
+        assert time.monotonic() - told > 1
+        assert psutil.wait_procs(children, timeout=5)[1] == []
+        whole.join(5)
+        stream.join(5)
+        error = answers[0].json()["error"]
+        assert answers[0].status_code == 503
+        assert (error["code"], error["message"]) == BEING_STOPPED
+        assert int(answers[0].headers["Retry-After"]) > 0
+        *_, event, done, _ = chunks[0].text.split("\n\n")
+        assert (json.loads(event.removeprefix("data: "))["error"], done) == (error, "data: [DONE]")
+        for answer in (answers[0], chunks[0]):
+            assert line(server, answer.headers["x-request-id"])["status"] == 503
 
 
 def test_an_engine_that_hangs_is_replaced_and_told_to_stop_meanwhile_it_does_not_wait_for_that(

@@ -7,6 +7,7 @@ import time
 import httpx
 import openai
 import pytest
+from openai.types.chat.chat_completion_chunk import Choice
 from running import Server, bearer
 from test_api import metric
 
@@ -25,6 +26,21 @@ SCHEMA = {
 def client(server: Server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="boss", max_retries=0) as client:
         yield client
+
+
+def streamed(client: openai.OpenAI, **ask) -> list[list[Choice]]:
+    """The parts of each answer to a chat, in the order in which they come."""
+    answers: list[list[Choice]] = [[] for _ in range(ask.get("n", 1))]
+    for chunk in client.chat.completions.create(**ask, stream=True):
+        for part in chunk.choices:
+            answers[part.index].append(part)
+    return answers
+
+
+def text_and_ends(parts: list[Choice]) -> tuple[str, list[str]]:
+    """What the parts of one answer say together, and each finish_reason among them."""
+    text = "".join(part.delta.content or "" for part in parts)
+    return text, [part.finish_reason for part in parts if part.finish_reason]
 
 
 def test_n_gives_n_choices_and_a_seed_gives_the_same_ones_again(client):
@@ -115,6 +131,48 @@ def test_a_chat_takes_the_options_that_completions_take(client):
     *chunks, last = ask(stream=True, stream_options={"include_usage": True})
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     assert (last.choices, last.usage) == ([], plain.usage)
+
+
+def test_penalties_keep_a_chat_from_saying_again_what_it_said(client):
+    def told(**penalty: float) -> tuple[list[int], list[int]]:
+        """Tokens of the answer, and of what was asked."""
+        extra = {"return_token_ids": True, **penalty}
+        reply = client.chat.completions.create(**{**MEDICAL, "max_tokens": 60}, extra_body=extra)
+        return reply.choices[0].token_ids, reply.prompt_token_ids
+
+    plain, _ = told()
+    for name in ("presence_penalty", "frequency_penalty"):
+        assert len(set(told(**{name: 2.0})[0])) > len(set(plain))
+    once, asked = told(repetition_penalty=1000.0)  # any token that is new is likelier
+    assert len(set(once)) == len(once) == 60
+    assert not set(once) & set(asked)
+
+
+def test_a_streamed_chat_has_the_logprobs_of_the_whole(client):
+    ask = {**MEDICAL, "logprobs": True, "top_logprobs": 3}
+    whole = client.chat.completions.create(**ask).choices[0].logprobs.content
+    (parts,) = streamed(client, **ask)
+    content = [each for part in parts if part.logprobs for each in part.logprobs.content]
+    for each, other in zip(content, whole, strict=True):
+        assert [top.token for top in each.top_logprobs] == [top.token for top in other.top_logprobs]
+        assert (each.token, each.bytes) == (other.token, other.bytes)
+        assert math.isclose(each.logprob, other.logprob, abs_tol=1e-4)
+    assert "".join(each.token for each in content) == text_and_ends(parts)[0]
+
+
+def test_of_a_streamed_chat_each_of_n_answers_comes_to_its_end(client):
+    ask = {**MEDICAL, "n": 2, "temperature": 1.0, "seed": 7}  # at temperature 0 there is but one answer
+    whole = client.chat.completions.create(**ask).choices
+    answers = [text_and_ends(parts) for parts in streamed(client, **ask)]
+    assert answers == [(choice.message.content, [choice.finish_reason]) for choice in whole]
+    assert answers[0] != answers[1]
+
+
+def test_a_streamed_chat_ends_before_the_stop_string(client):
+    text = client.chat.completions.create(**MEDICAL).choices[0].message.content
+    word = text.split()[2]
+    (parts,) = streamed(client, **MEDICAL, stop=[word])
+    assert text_and_ends(parts) == (text[: text.index(word)], ["stop"])
 
 
 def test_a_completion_takes_a_json_schema_too_and_streams_what_fits(client):

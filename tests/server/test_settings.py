@@ -1,4 +1,5 @@
 import asyncio
+import json
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ from running import BASE, MASKS, SLOTS, Server
 from serving import free_port
 from transformers import DeepseekV2Config
 
+from maskllm import cli
 from maskllm.capacity import Capacity, memory
 from server import __main__ as server_main
 from server.engine import client
@@ -95,20 +97,23 @@ def refusal(monkeypatch, *options: str) -> str:
     return str(ended.value)
 
 
-def test_more_than_memory_holds_is_refused_at_start_with_the_sum(tmp_path):
-    command = [sys.executable, "-m", "server", "--model", str(BASE), "--masks", str(tmp_path)]
-    done = subprocess.run([*command, "--slots", "100000"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("option", "slots", "masks"), [("--slots=100000", 100_000, 1), ("--packed=1000000000", 8, 1_000_000_000)]
+)
+def test_more_than_memory_holds_is_refused_at_start_with_the_sum(tmp_path, option, slots, masks):
+    command = [sys.executable, "-m", "server", "--model", str(BASE), "--masks", str(tmp_path), option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     size = r"([\d,.]+) ([GM])B"
-    pattern = rf"fit in memory: base {size} \+ 100000 slots of {size} \+ 1 packed masks of {size} "
-    pattern += rf"\+ KV {size} \+ programs {size} = {size}, and {size} are free: use fewer --slots"
+    pattern = rf"fit in memory: base {size} \+ {slots} slots of {size} \+ {masks} packed masks of {size} "
+    pattern += rf"\+ KV {size} \+ programs {size} = {size}, and {size} are free: use fewer --slots or"
     found = re.search(pattern, done.stderr)
     assert found, done.stderr
     amounts = zip(found.groups()[::2], found.groups()[1::2], strict=True)
     base, slot, packed, kv, programs, needed, free = (
         float(amount.replace(",", "")) * {"G": 1000, "M": 1}[unit] for amount, unit in amounts
     )
-    assert needed == pytest.approx(base + 100_000 * slot + packed + kv + programs, rel=0.02)
+    assert needed == pytest.approx(base + slots * slot + masks * packed + kv + programs, rel=0.02)
     assert needed > free
 
 
@@ -123,6 +128,19 @@ def test_what_memory_holds_is_logged_at_start(server: Server):
     assert "memory: base " in taken
     assert " + KV " in taken
     assert line.endswith(free)
+
+
+def test_inspect_says_beforehand_what_a_server_will_hold(server: Server, tmp_path, capsys):
+    """With the base in its own dtype: inspect cannot be told another, and the running server has float32."""
+    assert cli.main(["inspect", "--capacity", str(BASE), "--slots", str(SLOTS), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    with server.client() as api:
+        held = api.get("/v1/capacity").json()["bytes"]
+    for part in ("slot", "packed", "kv", "programs"):
+        assert said[part] == held[part]
+    settings = parse("--model", str(BASE), "--masks", str(tmp_path), "--dtype", "bfloat16")
+    host, _ = client._capacity(settings, BASE, client.arguments(settings, BASE))
+    assert said["base"] == host.base
 
 
 def test_what_each_gpu_holds_is_logged_beside_the_hosts_packed_masks():
