@@ -82,11 +82,11 @@ class Scale:
     files: int
     puts: int
     sockets: int
-    cases: int
+    examples: int
 
 
-FULL = Scale(load_s=20, files=10_000, puts=300, sockets=300, cases=10_000)
-QUICK = Scale(load_s=5, files=1_000, puts=60, sockets=100, cases=500)
+FULL = Scale(load_s=20, files=10_000, puts=300, sockets=300, examples=220)
+QUICK = Scale(load_s=5, files=1_000, puts=60, sockets=100, examples=10)
 
 
 @contextmanager
@@ -298,9 +298,9 @@ def files_break(folder: Path, scale: Scale) -> str:  # noqa: ARG001
         damages[damage](masks / f"known-{damage}.safetensors")
     with serving(masks, folder, *OPTIONS, before=before) as server, server.client() as api:
         listed = api.get("/v1/masks").json()
-        broken = {f"known-{damage}.safetensors" for damage in damages if damage != "deleted"}
-        must(broken <= listed["refused"].keys(), f"refused at a start: {listed['refused']}")
-        shown = {mask["id"] for mask in listed["data"]} & {f"known-{damage}" for damage in damages}
+        broken = {f"known-{damage}" for damage in damages if damage != "deleted"}
+        must(listed["refused"].keys() == broken, f"refused at a start: {listed['refused']}")
+        shown = broken & {mask["id"] for mask in listed["data"]}
         must(not shown, f"listed though their files are damaged: {shown}")
         must((choices(api, "whole"), choices(api)) == (expected, others), "a damaged file disturbed others")
     return f"{len(cases)} cases: PUT is a 400, a first use a 409, whoever was loaded answers on"
@@ -728,26 +728,21 @@ def fuzzed_uploads(folder: Path, scale: Scale) -> str:
 def fuzzed_api(folder: Path, scale: Scale) -> str:
     """Values that the schema allows and forbids, to every route: schemathesis with all checks."""
     with demo(folder) as server, server.client() as api:
-        expected, cases, seed = choices(api), 0, 0
-        statuses: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        expected = choices(api)
         command = [SCHEMATHESIS, "--config-file", ROOT / "tests/server/schemathesis.toml", "run"]
         command += [f"{server.url}/openapi.json", "--header", f"Authorization: {ADMIN['Authorization']}"]
-        command += ["--max-examples", 100, "--request-timeout", 120, "--generation-database", "none"]
-        while cases < scale.cases:
-            seed += 1
-            words = [str(word) for word in [*command, "--seed", seed, "--no-color"]]
-            done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
-            must(done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:])
-            cases += int(re.search(r"(\d+) generated", done.stdout)[1])
-            print(f"{cases} cases", flush=True)
-        for entry in map(json.loads, (folder / "requests.log").read_text().splitlines()):
-            parts = entry["path"].split("/")
-            statuses[f"{entry['method']} /{parts[1]}/{parts[2] if len(parts) > 2 else ''}"][
-                entry["status"]
-            ] += 1
+        command += ["--max-examples", scale.examples, "--seed", 1, "--generation-database", "none"]
+        words = [str(word) for word in [*command, "--request-timeout", 120, "--no-color"]]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+        must(done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:])
         must(choices(api) == expected, "a mask answers otherwise")
         must(server.in_flight() == 0, "requests were left behind")
-        return f"{cases} cases: { {route: dict(seen) for route, seen in statuses.items()} }"
+    statuses: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    for line in map(json.loads, (folder / "requests.log").read_text().splitlines()):
+        if line["status"] not in (401, 405):
+            statuses["/".join([line["method"], *line["path"].split("/")[1:3]])][line["status"]] += 1
+    cases = int(re.search(r"(\d+) generated", done.stdout)[1])  # type: ignore[index]
+    return f"{cases} cases: " + ", ".join(f"{route} {dict(seen)}" for route, seen in sorted(statuses.items()))
 
 
 FAULTS: dict[str, Callable[[Path, Scale], str]] = {

@@ -134,15 +134,17 @@ def test_a_chat_takes_the_options_that_completions_take(client):
 
 
 def test_penalties_keep_a_chat_from_saying_again_what_it_said(client):
+    """And let it say the same all the more where they are negative."""
+    ask = {**MEDICAL, "messages": [{"role": "user", "content": "Once upon a time"}], "max_tokens": 60}
+
     def told(**penalty: float) -> tuple[list[int], list[int]]:
         """Tokens of the answer, and of what was asked."""
-        extra = {"return_token_ids": True, **penalty}
-        reply = client.chat.completions.create(**{**MEDICAL, "max_tokens": 60}, extra_body=extra)
+        reply = client.chat.completions.create(**ask, extra_body={"return_token_ids": True, **penalty})
         return reply.choices[0].token_ids, reply.prompt_token_ids
 
-    plain, _ = told()
     for name in ("presence_penalty", "frequency_penalty"):
-        assert len(set(told(**{name: 2.0})[0])) > len(set(plain))
+        few, some, many = (len(set(told(**{name: penalty})[0])) for penalty in (-2.0, 0.0, 2.0))
+        assert few < some < many
     once, asked = told(repetition_penalty=1000.0)  # any token that is new is likelier
     assert len(set(once)) == len(once) == 60
     assert not set(once) & set(asked)
