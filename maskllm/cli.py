@@ -228,6 +228,8 @@ class Inspect(Command):
     """A base, a folder or a Hugging Face name: show how many of its masks fit into this machine's memory."""
     slots: PositiveInt = 8
     """With --capacity: the server's slots."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """With --capacity: the server's --dtype; auto: what it takes on this CPU."""
     mask_dtype: Literal["bfloat16", "int8"] = "bfloat16"
     """With --capacity: how slots hold kept weights."""
     head_dtype: Literal["auto", "int8"] = "auto"
@@ -247,11 +249,16 @@ class Inspect(Command):
 
             _report(chosen(), self.as_json)
         elif self.capacity:
+            import torch
+
             from maskllm.capacity import measure
             from maskllm.core.base import find
+            from maskllm.kernels.masked_linear import dtype_on_cpu
 
+            folder = find(self.capacity)
+            dtype = dtype_on_cpu(folder) if self.dtype == "auto" else getattr(torch, self.dtype)
             int8, int8_head = self.mask_dtype == "int8", self.head_dtype == "int8"
-            fits = measure(find(self.capacity), int8=int8, int8_head=int8_head)
+            fits = measure(folder, dtype, int8, int8_head=int8_head)
             most = {"most slots": fits.most_slots(), "most packed masks": fits.most_packed(self.slots)}
             _report({**most, "sum": fits.sum(self.slots, self.slots), **asdict(fits)}, self.as_json)
         elif self.file:

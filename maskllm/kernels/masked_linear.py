@@ -56,6 +56,14 @@ def holds_bf16(folder: Path) -> bool:
     return backend(torch.device("cpu")) is cpu and is_bf16(folder)
 
 
+def dtype_on_cpu(folder: Path) -> torch.dtype:
+    """What a checkpoint is computed in on this CPU.
+
+    Never less than its own, and bfloat16, which halves the speed without instructions for it, only with them.
+    """
+    return torch.bfloat16 if bf16_on_cpu() and is_bf16(folder) else torch.float32
+
+
 def chosen() -> dict[str, str]:
     """Which kernels run here, for people: by device, what is used or why nothing is, and what could be."""
     use = {}

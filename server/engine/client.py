@@ -53,9 +53,8 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
 from maskllm.capacity import Capacity, measure, measure_gpu
-from maskllm.core.base import is_bf16
 from maskllm.kernels.gpu import FEW_ROWS
-from maskllm.kernels.masked_linear import backend, bf16_on_cpu, holds_bf16
+from maskllm.kernels.masked_linear import backend, dtype_on_cpu, holds_bf16
 from server.bounds import MOST_LOGPROBS, BoundedHttp
 from server.engine.linear import NAME
 from server.engine.openai import streamed_error
@@ -568,8 +567,7 @@ def arguments(settings: Settings, folder: Path) -> Namespace:
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         # vLLM's 300 are a GPU's: 2,048 tokens of a 7B base on two slow cores take longer.
         os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "1800")
-        # Never less than the checkpoint's; and without instructions for it bf16 halves the speed.
-        ours["dtype"] = "bfloat16" if bf16_on_cpu() and is_bf16(folder) else "float32"
+        ours["dtype"] = str(dtype_on_cpu(folder)).removeprefix("torch.")
         # vLLM's own default is 92 % of the machine's memory, and no start where that is not free.
         ours["kv-cache-memory-bytes"] = str(1 << 30)
     else:

@@ -1,6 +1,7 @@
 r"""The OpenAPI schema is true, and no input it allows or forbids is a 5xx: schemathesis with every check.
 
-A few examples of each operation run with the other tests. The full run, against a server of your own:
+A few examples of each operation run with the other tests, ten thousand by `make chaos ARGS=fuzz-api`. For a
+server of your own:
 
     schemathesis --config-file tests/server/schemathesis.toml run http://localhost:8000/openapi.json \
         -n 1000 -H "Authorization: Bearer KEY"

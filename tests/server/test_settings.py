@@ -130,17 +130,32 @@ def test_what_memory_holds_is_logged_at_start(server: Server):
     assert line.endswith(free)
 
 
-def test_inspect_says_beforehand_what_a_server_will_hold(server: Server, tmp_path, capsys):
-    """With the base in its own dtype: inspect cannot be told another, and the running server has float32."""
-    assert cli.main(["inspect", "--capacity", str(BASE), "--slots", str(SLOTS), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+def inspected(capsys, *options: str) -> dict:
+    assert cli.main(["inspect", "--capacity", str(BASE), "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inspect_says_beforehand_what_a_server_will_hold(server: Server, capsys):
+    said = inspected(capsys, "--slots", str(SLOTS), "--dtype", "float32")
     with server.client() as api:
         held = api.get("/v1/capacity").json()["bytes"]
-    for part in ("slot", "packed", "kv", "programs"):
+    for part in ("base", "slot", "packed", "kv", "programs"):
         assert said[part] == held[part]
-    settings = parse("--model", str(BASE), "--masks", str(tmp_path), "--dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_inspect_counts_the_base_in_the_dtype_that_a_server_here_takes(
+    tmp_path, monkeypatch, capsys, backend
+):
+    """The demo's is bfloat16, which is computed in float32 by what has no instructions for it."""
+    monkeypatch.setenv("MASKLLM_BACKEND", backend)
+    settings = parse("--model", str(BASE), "--masks", str(tmp_path))
     host, _ = client._capacity(settings, BASE, client.arguments(settings, BASE))
-    assert said["base"] == host.base
+    said = inspected(capsys)["base"]
+    assert said == host.base
+    if backend == "reference":
+        assert said == inspected(capsys, "--dtype", "float32")["base"]
+        assert said > inspected(capsys, "--dtype", "bfloat16")["base"]
 
 
 def test_what_each_gpu_holds_is_logged_beside_the_hosts_packed_masks():
