@@ -85,7 +85,7 @@ class Scale:
     examples: int
 
 
-FULL = Scale(load_s=20, files=10_000, puts=300, sockets=300, examples=220)
+FULL = Scale(load_s=20, files=10_000, puts=300, sockets=300, examples=800)
 QUICK = Scale(load_s=5, files=1_000, puts=60, sockets=100, examples=10)
 
 
