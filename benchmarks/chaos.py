@@ -26,7 +26,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -55,7 +55,7 @@ FACTOR, TAIL = 2.0, 3.0
 """By which others' median latency may grow, and the 99th percentile of it under an overload."""
 GROWTH = 60e6
 """Bytes by which the API process may grow under a flood."""
-WAITING = 32
+WAITING, ANSWER_S = 32, 120
 SCHEMATHESIS = Path(sysconfig.get_path("scripts")) / "schemathesis"
 PASSING = {"state", "slot", "resident_bytes", "requests", "in_flight", "last_used"}
 """What of a mask's card changes as it is used."""
@@ -83,10 +83,11 @@ class Scale:
     puts: int
     sockets: int
     examples: int
+    cases: int
 
 
-FULL = Scale(load_s=20, files=10_000, puts=300, sockets=300, examples=800)
-QUICK = Scale(load_s=5, files=1_000, puts=60, sockets=100, examples=10)
+FULL = Scale(load_s=20, files=10_000, puts=300, sockets=300, examples=900, cases=10_000)
+QUICK = Scale(load_s=5, files=1_000, puts=60, sockets=100, examples=10, cases=4_000)
 
 
 @contextmanager
@@ -267,6 +268,7 @@ def files_break(folder: Path, scale: Scale) -> str:  # noqa: ARG001
             must(here == (state if state in ("known", "packed") else "resident"), f"{name} is {here}")
             damages[damage](path)
             put = api.put(f"/v1/masks/{name}")
+            must(not any(flight.done() for flight in flying), f"{name}'s request ended too early")
             must(put.status_code == 400, f"PUT {name}: {put.status_code} {put.text[:200]}")
             answer = ask(api, name)
             if state == "known":
@@ -285,7 +287,7 @@ def files_break(folder: Path, scale: Scale) -> str:  # noqa: ARG001
             must(choices(api, name) == expected, f"{name} answers otherwise")
             must(choices(api) == others, f"{name} disturbed another mask")
             if state == "pinned":
-                api.delete(f"/v1/masks/{name}/pin")
+                must(api.delete(f"/v1/masks/{name}/pin").is_success, f"{name} stays pinned")
         lost, kept = "packed-deleted", "packed-garbage"
         (masks / f"{lost}.safetensors").unlink()
         server.engine.kill()
@@ -351,6 +353,8 @@ class Client(asyncio.Protocol):
     It runs on the processors of the server, of whose trouble with a flood it is to be no part.
     """
 
+    closed = False
+
     def __init__(self) -> None:
         self._content = request({**SHORT, "mask": "legal"})
 
@@ -362,7 +366,8 @@ class Client(asyncio.Protocol):
         self._answer, self._whole = b"", asyncio.get_running_loop().create_future()
         begin = time.monotonic()
         self._transport.write(self._content)
-        head = await self._whole
+        async with asyncio.timeout(ANSWER_S):
+            head = await self._whole
         status, seconds = int(head[9:12]), time.monotonic() - begin
         must(status == 200 or b"retry-after: " in head, f"{status} without Retry-After")
         return status, seconds
@@ -376,6 +381,7 @@ class Client(asyncio.Protocol):
             self._whole.set_result(head)
 
     def connection_lost(self, _: Exception | None) -> None:
+        self.closed = True
         if not self._whole.done():
             self._whole.set_exception(Broken("somebody else was hung up on"))
 
@@ -414,30 +420,27 @@ def overload(folder: Path, scale: Scale) -> str:
 
     async def flood(server: Server, rate: float) -> tuple[Counter[int], list[float], dict[str, int]]:
         """Statuses, latencies of what was accepted, and the most memory of each process meanwhile."""
-        statuses, latencies, idle = Counter[int](), list[float](), list[Client]()
+        statuses, latencies, idle = Counter[int](), list[float](), deque[Client]()
         most = Counter(server.rss())
 
         async def one() -> None:
-            client = idle.pop() if idle else await connected(server)
+            while idle and idle[0].closed:  # nobody needed it for so long
+                idle.popleft()
+            client = idle.popleft() if idle else await connected(server)
             status, took = await client.ask()
             idle.append(client)
             statuses[status] += 1
             if status == 200:
                 latencies.append(took)
 
-        async def watch() -> None:
-            nonlocal most
-            while True:
-                await asyncio.sleep(1)
-                most |= Counter(server.rss())
-
-        watching = asyncio.create_task(watch())
-        async with asyncio.TaskGroup() as group:
-            at = begin = time.monotonic()
-            while (at := at + 1 / rate) < begin + scale.load_s:
-                await asyncio.sleep(max(0.0, at - time.monotonic()))
-                group.create_task(one())
-        watching.cancel()
+        tasks, begin = [], time.monotonic()
+        at = sampled = begin
+        while (at := at + 1 / rate) < begin + scale.load_s:
+            await asyncio.sleep(max(0.0, at - time.monotonic()))
+            tasks.append(asyncio.create_task(one()))
+            if at > sampled + 1:
+                sampled, most = at, most | Counter(server.rss())
+        await asyncio.gather(*tasks)
         for client in idle:
             client.close()
         return statuses, latencies, most | Counter(server.rss())
@@ -742,6 +745,7 @@ def fuzzed_api(folder: Path, scale: Scale) -> str:
         if line["status"] not in (401, 405):
             statuses["/".join([line["method"], *line["path"].split("/")[1:3]])][line["status"]] += 1
     cases = int(re.search(r"(\d+) generated", done.stdout)[1])  # type: ignore[index]
+    must(cases >= scale.cases, f"there were only {cases} cases")
     return f"{cases} cases: " + ", ".join(f"{route} {dict(seen)}" for route, seen in sorted(statuses.items()))
 
 

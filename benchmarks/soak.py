@@ -481,7 +481,9 @@ def drifts(soak: Soak) -> Iterator[tuple[str, float]]:
     tenth = max(1, len(steady) // 10)
     for name in steady[0][1]:
         sizes = [sizes[name] for _, sizes in steady]
-        medians = [statistics.median(sizes[at : at + tenth]) for at in range(0, len(sizes), tenth)]
+        medians = [
+            statistics.median(sizes[at : at + tenth]) for at in range(0, len(sizes) - tenth + 1, tenth)
+        ]
         yield f"{name} process", 100 * max(abs(size - medians[0]) for size in medians) / medians[0]
 
 

@@ -229,7 +229,7 @@ class Inspect(Command):
     slots: PositiveInt = 8
     """With --capacity: the server's slots."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """With --capacity: the server's --dtype; auto: what it takes on this CPU."""
+    """With --capacity: the server's --dtype; auto: what it takes on this CPU unless told."""
     mask_dtype: Literal["bfloat16", "int8"] = "bfloat16"
     """With --capacity: how slots hold kept weights."""
     head_dtype: Literal["auto", "int8"] = "auto"

@@ -110,8 +110,9 @@ class JoinedWrites:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        self._pieces.append(data)
-        if data.startswith(b"HTTP/1."):
+        if data:  # older OpenSSL fails at nothing
+            self._pieces.append(data)
+        if bytes(data[:7]) == b"HTTP/1.":
             self._loop.call_soon(self._send)
         else:
             self._send()

@@ -186,8 +186,8 @@ def test_a_small_answer_comes_in_one_piece(server: Server):
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         for asked in (1, 2):
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            while not connection.recv(65536).endswith(b"ok"):
-                pass
+            while not (piece := connection.recv(65536)).endswith(b"ok"):
+                assert piece
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
             assert int.from_bytes(info[152:156], sys.byteorder) == asked  # tcpi_data_segs_in
 

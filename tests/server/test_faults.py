@@ -121,7 +121,10 @@ def test_what_was_pinned_and_named_is_there_from_the_start(lone: Server):
         assert answer.headers["X-Mask"].startswith("legal@")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="SCHED_BATCH is Linux's")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER,
+    reason="SCHED_BATCH is Linux's, and not for what has a real-time priority",
+)
 def test_the_engine_has_its_share_of_processors_and_interrupts_nobody(lone: Server):
     engine = engine_of(lone)
     assert os.sched_getscheduler(engine.pid) == os.SCHED_BATCH
