@@ -26,7 +26,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -366,8 +366,7 @@ class Client(asyncio.Protocol):
         self._answer, self._whole = b"", asyncio.get_running_loop().create_future()
         begin = time.monotonic()
         self._transport.write(self._content)
-        async with asyncio.timeout(ANSWER_S):
-            head = await self._whole
+        head = await self._whole
         status, seconds = int(head[9:12]), time.monotonic() - begin
         must(status == 200 or b"retry-after: " in head, f"{status} without Retry-After")
         return status, seconds
@@ -406,7 +405,8 @@ async def closed(server: Server, clients: int, seconds: float) -> list[float]:
             latencies.append(took)
         client.close()
 
-    await asyncio.gather(*(keep_asking() for _ in range(clients)))
+    async with asyncio.timeout(seconds + ANSWER_S):
+        await asyncio.gather(*(keep_asking() for _ in range(clients)))
     return latencies
 
 
@@ -420,13 +420,13 @@ def overload(folder: Path, scale: Scale) -> str:
 
     async def flood(server: Server, rate: float) -> tuple[Counter[int], list[float], dict[str, int]]:
         """Statuses, latencies of what was accepted, and the most memory of each process meanwhile."""
-        statuses, latencies, idle = Counter[int](), list[float](), deque[Client]()
+        statuses, latencies, idle = Counter[int](), list[float](), list[Client]()
         most = Counter(server.rss())
 
         async def one() -> None:
-            while idle and idle[0].closed:  # nobody needed it for so long
-                idle.popleft()
-            client = idle.popleft() if idle else await connected(server)
+            while idle and idle[-1].closed:  # nobody needed it for so long
+                idle.pop()
+            client = idle.pop() if idle else await connected(server)
             status, took = await client.ask()
             idle.append(client)
             statuses[status] += 1
@@ -440,7 +440,8 @@ def overload(folder: Path, scale: Scale) -> str:
             tasks.append(asyncio.create_task(one()))
             if at > sampled + 1:
                 sampled, most = at, most | Counter(server.rss())
-        await asyncio.gather(*tasks)
+        async with asyncio.timeout(ANSWER_S):
+            await asyncio.gather(*tasks)
         for client in idle:
             client.close()
         return statuses, latencies, most | Counter(server.rss())

@@ -50,9 +50,6 @@ KNOWN_MISSES = {
     "end-to-end: batch 16 | bf16 slots, times": 1.3,
     # One mask's step is what became faster, by the head.
     "end-to-end: batch 16, 8 masks | int8 slots and head, times": 0.45,
-    # 0.15 ms of the API's processor a request more than 2.7, and what it waits for processors: 0.99 where the
-    # engine gives way, which then has none in a flood of refused requests.
-    "overhead: tokens/s, 16 at a time | ours / bare": 0.95,
     # Turns are fair to masks: a request for a hot one may come in its turn, and else waits half as long.
     "soak: TTFT p50, cold beside hot | value": 4.0,
     # Reads of 128 bytes a row reach 2 of the 4.2 TB/s, whatever is computed with them.
