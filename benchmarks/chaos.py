@@ -51,7 +51,7 @@ OPTIONS = ["--enforce-eager", "--dtype", "float32", "--kv-cache-memory-bytes", 1
 LONG = {"prompt": "The Secretary shall", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "The Secretary shall", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
 JSON = {"content-type": "application/json"}
-FACTOR, TAIL = 2.0, 3.0
+FACTOR, TAIL = 2.0, 4.0
 """By which others' median latency may grow, and the 99th percentile of it under an overload."""
 GROWTH = 60e6
 """Bytes by which the API process may grow under a flood."""
