@@ -52,8 +52,10 @@ OPTIONS = ["--enforce-eager", "--dtype", "float32", "--kv-cache-memory-bytes", 1
 LONG = {"prompt": "The Secretary shall", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "The Secretary shall", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
 JSON = {"content-type": "application/json"}
-FACTOR, TAIL = 2.0, 3.0
-"""By which others' median latency may grow, and the 99th percentile of it under an overload."""
+FACTOR = 2.0
+"""By which others' median latency may grow."""
+OVERLOAD = {"p50": 1.25, "p99": 2.0}
+"""By which that of accepted requests may, while ten times as many are refused."""
 GROWTH = 60e6
 """Bytes by which the API process may grow under a flood."""
 WAITING, ANSWER_S = 32, 120
@@ -459,7 +461,7 @@ def overload(folder: Path, scale: Scale) -> str:
         factors = {q: during_s[q] / before_s[q] for q in before_s}
         times = ", ".join(f"{q} {factor:.2f}" for q, factor in factors.items())
         seen = f"accepted requests took {times} times as long as {WAITING} alone"
-        must(factors["p50"] <= FACTOR and factors["p99"] <= TAIL, seen)
+        must(all(factors[q] <= most for q, most in OVERLOAD.items()), seen)
         growth = {name: (size - before[name]) / before[name] for name, size in most.items()}
         must(max(growth.values()) < 0.02, f"memory grew: {growth}")
         must(server.in_flight() == 0, "requests were left behind")
