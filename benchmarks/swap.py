@@ -7,7 +7,7 @@
 come from disk to host memory (*disk*, read beside the steps) and from there into a slot (*host*, between two
 steps) all the time. Seconds are those of the server's metric `maskllm_swap_seconds`. What the kernel needs is
 `maskllm bench swap` of each of the model's layers, measured when the server has gone, on as many threads as
-torch takes; it includes no step that has just used the caches.
+the engine had; it includes no step that has just used the caches.
 
 Then one stream runs, first alone, then while masks that nobody asks for are loaded and evicted all the time:
 what that adds to the time between two of its tokens must be less than a swap.
@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ import torch
 from report import Row, write
 from serving import BASE, Server, Swaps, mixed_mask, serving
 
+from maskllm.capacity import processors
 from maskllm.evaluate import speed
 
 MASKS, SLOTS, PACKED, CLIENTS, TOKENS = 24, 8, 12, 32, 8
@@ -77,7 +79,7 @@ async def load(server: Server, seconds: float) -> None:
 
 
 async def stream(server: Server, loading: bool) -> tuple[list[float], float]:
-    """Seconds between the tokens of a stream, and loads a second meanwhile."""
+    """Seconds between the tokens of a stream, and masks read from disk a second meanwhile."""
     body = {
         "mask": "m0",
         "prompt": "The Secretary shall",
@@ -85,15 +87,13 @@ async def stream(server: Server, loading: bool) -> tuple[list[float], float]:
         "ignore_eos": True,
         "stream": True,
     }
-    loads, at = 0, list[float]()
+    at, before = list[float](), server.swaps().get("disk")
     async with server.session() as session:
 
         async def load() -> None:
-            nonlocal loads
             for turn in itertools.count():
                 async with session.post(f"/v1/masks/m{1 + turn % (MASKS - 1)}/load") as answer:
                     answer.raise_for_status()
-                loads += 1
 
         async with session.post("/v1/completions", json=body) as answer:
             answer.raise_for_status()
@@ -104,7 +104,8 @@ async def stream(server: Server, loading: bool) -> tuple[list[float], float]:
             if beside:
                 beside.cancel()
                 await asyncio.gather(beside, return_exceptions=True)
-    return [b - a for a, b in itertools.pairwise(at)], loads / (at[-1] - at[0])
+    read = server.swaps()["disk"].since(before).count
+    return [b - a for a, b in itertools.pairwise(at)], read / (at[-1] - at[0])
 
 
 def stalls(
@@ -125,6 +126,8 @@ def stalls(
 
 def kernel() -> tuple[float, int]:
     """Seconds that the kernel needs to write a slot of every layer, and how many weights they have."""
+    if "OMP_NUM_THREADS" not in os.environ:  # the engine leaves a processor to the API
+        torch.set_num_threads(max(processors() - 1, 1))
     config = json.loads((BASE / "config.json").read_text())
     hidden, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]

@@ -143,5 +143,15 @@ def free_bytes() -> int:
     return int(free)
 
 
+def processors() -> int:
+    """How many threads can compute at once: torch's own count, or as many as a container may use."""
+    threads, limit = torch.get_num_threads(), CGROUP / "cpu.max"
+    if limit.exists():
+        quota, period = limit.read_text().split()
+        if quota != "max":
+            return max(1, min(threads, int(quota) // int(period)))
+    return threads
+
+
 def _size(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -125,8 +125,8 @@ def choices() -> str:
     rows = costs().sparse_rows
     dense = "never made dense" if rows == NEVER else f"made dense for more than {rows:.0f} rows"
     return (
-        f"16 rows read the dense weight once {many}; up to {costs().dense_rows:.0f} dense rows are "
-        f"multiplied here; a mask's weight is {dense}"
+        f"threads: {torch.get_num_threads()}; 16 rows read the dense weight once {many}; up to "
+        f"{costs().dense_rows:.0f} dense rows are multiplied here; a mask's weight is {dense}"
     )
 
 

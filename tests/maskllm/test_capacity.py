@@ -87,3 +87,15 @@ def test_in_a_container_its_limit_counts(tmp_path: Path, monkeypatch, limit: str
     (tmp_path / "memory.stat").write_text("anon 300\nfile 700\ninactive_file 600\nactive_file 100\n")
     monkeypatch.setattr(capacity, "CGROUP", tmp_path)
     assert (capacity.free_bytes() == left) == (left is not None)
+
+
+@pytest.mark.parametrize(
+    ("limit", "threads"),
+    [("max 100000", 8), ("200000 100000", 2), ("350000 100000", 3), ("50000 100000", 1), ("900000 50000", 8)],
+)
+def test_in_a_container_its_processors_count(tmp_path: Path, monkeypatch, limit: str, threads: int):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(capacity, "CGROUP", tmp_path)
+    assert capacity.processors() == 8  # no container
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert capacity.processors() == threads

@@ -145,6 +145,20 @@ def test_a_person_sees_the_masks_and_asks_two_of_them_the_same(page: Page, serve
     expect(page.get_by_label("Prompt")).to_have_value(PROMPT)
     expect(page.get_by_label("Mask", exact=True)).to_have_value("legal")
 
+    with server.client() as http:
+        cards = http.get("/v1/masks").json()["data"]
+    held = sum(card["packed_bytes"] for card in cards if card["state"] != "known") / 1e6
+    resident = sum(card["state"] == "resident" for card in cards)
+    for what, says in {
+        "slots in use": f"{resident} of {server.slots}",
+        "masks in host memory": re.compile(rf"^{held:.1f} MB of \d"),
+        "requests in flight": re.compile("^0 of "),
+        "tokens a second": re.compile("^(?!0.0)"),  # 48 of these four answers in the last minute
+        "first token": re.compile(r"^\d.* / \d"),
+    }.items():
+        tile = page.locator("#tiles div").filter(has=page.locator("dt", has_text=what))
+        expect(tile.locator("dd")).to_have_text(says)
+
     page.get_by_label("Tokens").fill("501")
     page.get_by_role("button", name="Ask both").click()
     expect(page.get_by_role("alert").first).to_contain_text("this server gives at most 500")
