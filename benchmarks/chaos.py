@@ -5,8 +5,9 @@
     python benchmarks/chaos.py --quick               # fewer cases and shorter load
 
 Each fault gets a real server of its own with the demo's masks, and prints what was seen. Where *others* must
-not notice, the median latency of clients that behave may grow by the factor 2 at most. A full disk needs
-root, who can mount a small one.
+not notice, the median latency of clients that behave may grow by the factor 2 at most, by 1.25 where others
+are refused: given two processors, of which the engine leaves one to the API. A full disk needs root, who can
+mount a small one.
 """
 
 import argparse
@@ -461,7 +462,7 @@ def overload(folder: Path, scale: Scale) -> str:
         factors = {q: during_s[q] / before_s[q] for q in before_s}
         times = ", ".join(f"{q} {factor:.2f}" for q, factor in factors.items())
         seen = f"accepted requests took {times} times as long as {WAITING} alone"
-        must(all(factors[q] <= most for q, most in OVERLOAD.items()), seen)
+        must(all(factors[q] <= bound for q, bound in OVERLOAD.items()), seen)
         growth = {name: (size - before[name]) / before[name] for name, size in most.items()}
         must(max(growth.values()) < 0.02, f"memory grew: {growth}")
         must(server.in_flight() == 0, "requests were left behind")

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ import torch
 from report import Row, write
 from serving import BASE, Server, Swaps, mixed_mask, serving
 
-from maskllm.capacity import processors
+from maskllm.capacity import engine_threads
 from maskllm.evaluate import speed
 
 MASKS, SLOTS, PACKED, CLIENTS, TOKENS = 24, 8, 12, 32, 8
@@ -126,8 +125,7 @@ def stalls(
 
 def kernel() -> tuple[float, int]:
     """Seconds that the kernel needs to write a slot of every layer, and how many weights they have."""
-    if "OMP_NUM_THREADS" not in os.environ:  # the engine leaves a processor to the API
-        torch.set_num_threads(max(processors() - 1, 1))
+    torch.set_num_threads(engine_threads())
     config = json.loads((BASE / "config.json").read_text())
     hidden, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]

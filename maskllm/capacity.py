@@ -1,5 +1,6 @@
-"""What a base and its masks take in memory, and how many masks fit where."""
+"""What a base and its masks take in memory, how many masks fit where, and how many threads compute."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,14 +144,21 @@ def free_bytes() -> int:
     return int(free)
 
 
-def processors() -> int:
-    """How many threads can compute at once: torch's own count, or as many as a container may use."""
-    threads, limit = torch.get_num_threads(), CGROUP / "cpu.max"
+def engine_threads() -> int:
+    """How many threads a server's engine computes with on a CPU: `OMP_NUM_THREADS`, or all cores but one.
+
+    Cores are torch's count, or as many as a container may use (a quota of cgroups v2). The last is the API's:
+    all threads of a step wait for one that it has displaced (LOG.md, 2026-11-28).
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if given.isdecimal():
+        return int(given)
+    cores, limit = torch.get_num_threads(), CGROUP / "cpu.max"
     if limit.exists():
         quota, period = limit.read_text().split()
         if quota != "max":
-            return max(1, min(threads, int(quota) // int(period)))
-    return threads
+            cores = min(cores, int(quota) // int(period))
+    return max(cores - 1, 1)
 
 
 def _size(size: int) -> str:

@@ -245,8 +245,12 @@ class Inspect(Command):
         from maskllm.core import maskset
 
         if self.kernels:
+            import torch
+
+            from maskllm.capacity import engine_threads
             from maskllm.kernels.masked_linear import chosen
 
+            torch.set_num_threads(engine_threads())
             _report(chosen(), self.as_json)
         elif self.capacity:
             import torch

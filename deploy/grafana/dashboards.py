@@ -723,8 +723,8 @@ def engine() -> Any:
     host = [
         series(
             "Cores in use",
-            "CPU time a second. An engine that uses all of its cores computes; an API that uses "
-            "one whole core is itself the bottleneck.",
+            "CPU time a second. An engine that uses all cores but one computes without a pause; an API that "
+            "uses one whole core is itself the bottleneck.",
             "none",
             (
                 f"rate(process_cpu_seconds_total{{{ON}}}{WINDOW}) and on (instance) maskllm_engine_up",

@@ -52,7 +52,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
-from maskllm.capacity import Capacity, measure, measure_gpu, processors
+from maskllm.capacity import Capacity, engine_threads, measure, measure_gpu
 from maskllm.kernels.gpu import FEW_ROWS
 from maskllm.kernels.masked_linear import backend, dtype_on_cpu, holds_bf16
 from server.bounds import MOST_LOGPROBS, BoundedHttp
@@ -678,11 +678,10 @@ def configuration(args: Namespace) -> VllmConfig:
     alone = args.distributed_executor_backend is None and args.tensor_parallel_size == 1
     if current_platform.is_cpu() and alone:
         # One process schedules and computes. vLLM would make it two, and the scheduler, which spins while
-        # it waits for the other, takes a core from its threads: 52 -> 44 ms at batch 16 on two cores.
+        # it waits for the other, takes a core from its threads: 52 -> 44 ms at batch 16 on two cores. The one
+        # that vLLM leaves to its scheduler is the API's.
         config.parallel_config.distributed_executor_backend = UniProcExecutor
-        # And as vLLM's two do, it leaves a processor to the API: all threads of a step wait for the one that
-        # the API has displaced, so that requests which are refused took two fifths of the others' speed.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(processors() - 1, 1)))
+        os.environ["OMP_NUM_THREADS"] = str(engine_threads())
     if current_platform.is_cpu() and not args.enforce_eager and args.compilation_config.mode is None:
         # vLLM compiles no model with adapters on CPU. Ours can be: masks are inside an opaque operator.
         config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE

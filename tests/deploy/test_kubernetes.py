@@ -63,6 +63,14 @@ def test_every_resource_is_valid(overlay: str):
             validate(resource, "1.33", strict=True)
 
 
+@needs_kubectl
+@pytest.mark.parametrize("overlay", ["cpu", "replicas"])
+def test_an_engine_on_a_cpu_leaves_one_of_the_requested_processors_to_the_api(overlay: str):
+    (server,) = pod(overlay)["containers"]
+    threads = next(each["value"] for each in server["env"] if each["name"] == "OMP_NUM_THREADS")
+    assert int(threads) == int(server["resources"]["requests"]["cpu"]) - 1
+
+
 @pytest.mark.parametrize(
     ("schema", "content"),
     [

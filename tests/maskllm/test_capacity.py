@@ -91,11 +91,16 @@ def test_in_a_container_its_limit_counts(tmp_path: Path, monkeypatch, limit: str
 
 @pytest.mark.parametrize(
     ("limit", "threads"),
-    [("max 100000", 8), ("200000 100000", 2), ("350000 100000", 3), ("50000 100000", 1), ("900000 50000", 8)],
+    [("max 100000", 7), ("200000 100000", 1), ("350000 100000", 2), ("50000 100000", 1), ("900000 50000", 7)],
 )
-def test_in_a_container_its_processors_count(tmp_path: Path, monkeypatch, limit: str, threads: int):
+def test_an_engine_leaves_one_of_the_cores_that_it_may_use(
+    tmp_path: Path, monkeypatch, limit: str, threads: int
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(capacity, "CGROUP", tmp_path)
-    assert capacity.processors() == 8  # no container
+    assert capacity.engine_threads() == 7  # no container
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
-    assert capacity.processors() == threads
+    assert capacity.engine_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "5,2")
+    assert capacity.engine_threads() == 5

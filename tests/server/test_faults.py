@@ -38,7 +38,7 @@ from test_api import metric
 from test_logs import line
 from transformers import AutoTokenizer
 
-from maskllm.capacity import processors
+from maskllm.capacity import engine_threads
 from maskllm.kernels import cpu
 from server.logs import BEING_STOPPED
 
@@ -139,9 +139,7 @@ def test_the_engine_has_its_share_of_processors_and_interrupts_nobody(lone: Serv
     torch.cuda.is_available() or cpu.why_not() is not None, reason="only the CPU's kernels say their threads"
 )
 def test_a_step_leaves_a_processor_to_the_api(lone: Server):
-    mine = processors()
-    threads = mine if "OMP_NUM_THREADS" in os.environ else max(mine - 1, 1)
-    assert f"threads: {threads};" in lone.log.read_text()
+    assert f"threads: {engine_threads()};" in lone.log.read_text()
 
 
 def test_requests_whose_bodies_do_not_come_on_take_no_room_from_others(lone: Server):

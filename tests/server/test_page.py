@@ -153,7 +153,7 @@ def test_a_person_sees_the_masks_and_asks_two_of_them_the_same(page: Page, serve
         "slots in use": f"{resident} of {server.slots}",
         "masks in host memory": re.compile(rf"^{held:.1f} MB of \d"),
         "requests in flight": re.compile("^0 of "),
-        "tokens a second": re.compile("^(?!0.0)"),  # 48 of these four answers in the last minute
+        "tokens a second": re.compile(r"^(?!0\.0)"),  # 48 of these four answers in the last minute
         "first token": re.compile(r"^\d.* / \d"),
     }.items():
         tile = page.locator("#tiles div").filter(has=page.locator("dt", has_text=what))
