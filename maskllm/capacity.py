@@ -151,7 +151,7 @@ def engine_threads() -> int:
     all threads of a step wait for one that it has displaced (LOG.md, 2026-11-28).
     """
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if given.isdecimal():
+    if given.isdecimal() and int(given):
         return int(given)
     cores, limit = torch.get_num_threads(), CGROUP / "cpu.max"
     if limit.exists():
