@@ -91,7 +91,7 @@ class Scale:
 
 
 FULL = Scale(load_s=20, files=10_000, puts=300, sockets=300, examples=600, cases=10_000)
-QUICK = Scale(load_s=5, files=1_000, puts=60, sockets=100, examples=10, cases=3_000)
+QUICK = Scale(load_s=5, files=1_000, puts=60, sockets=100, examples=60, cases=4_000)
 
 
 @contextmanager
