@@ -96,7 +96,8 @@ def table(content: dict[str, Any]) -> str:
 
 
 def _cell(value: float, rivals: list[float]) -> str:
-    return f"**{value:.4g}**" if len(rivals) > 1 and value == min(rivals) else f"{value:.4g}"
+    text = f"{value:.4g}" if value < 10_000 else f"{value:,.0f}"
+    return f"**{text}**" if len(rivals) > 1 and value == min(rivals) else text
 
 
 def missed() -> dict[str, Row]:

@@ -88,6 +88,10 @@ class Server:
                 found[sample.labels["source"]] = Swaps(swaps.upto, sample.value)
         return found
 
+    def steps(self) -> float:
+        """Steps that the engine has made."""
+        return sum(s.value for s in self._samples("vllm:iteration_tokens_total") if s.name.endswith("_count"))
+
     def _samples(self, name: str) -> list[Sample]:
         """Of one family of its metrics."""
         with self.client() as client:

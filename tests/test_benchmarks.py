@@ -50,9 +50,6 @@ KNOWN_MISSES = {
     "end-to-end: batch 16 | bf16 slots, times": 1.3,
     # One mask's step is what became faster, by the head.
     "end-to-end: batch 16, 8 masks | int8 slots and head, times": 0.45,
-    # Turns are fair to masks: a request for a hot one may come in its turn, and else waits half as long; the
-    # faster the engine, the less it waits for anything else. 3.8 on Zen 3, 4.4 on Zen 4.
-    "soak: TTFT p50, cold beside hot | value": 4.5,
     # Reads of 128 bytes a row reach 2 of the 4.2 TB/s, whatever is computed with them.
     "gpu-nvidia-h200: decode, batch 16 | layer, x": 1.15,
 }
