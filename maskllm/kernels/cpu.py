@@ -276,6 +276,8 @@ def _write_scales(slots: Tensor, weight: Tensor) -> None:
 def fill(slots: Tensor, slot: int, weight: Tensor, packed: Tensor) -> None:
     """Write the mask `packed` (out, bytes) uint8 of a weight (out, in) into a slot."""
     slot_type, weight = _slot_type(slots, weight), _readable(weight)
+    if slot_type == INT8_DENSE:
+        raise ValueError("these hold the whole weight in 8 bits, and no mask")
     packed = packed.contiguous()
     _library().maskllm_fill(
         slots[slot].data_ptr(),
@@ -295,13 +297,12 @@ def linear(
     slots: Tensor,
     row_slots: Tensor,
     bias: Tensor | None,
-    slot_type: int | None = None,
 ) -> Tensor:
     """The operator; see `masked_linear`. Dense rows that torch does better are torch's."""
     check(x, weight, row_slots, bias)
     if x.dtype not in READ:  # float16
-        return linear(x.float(), weight, slots, row_slots, bias, slot_type).to(x.dtype)
-    slot_type = _slot_type(slots, weight, slot_type)
+        return linear(x.float(), weight, slots, row_slots, bias).to(x.dtype)
+    slot_type = _slot_type(slots, weight)
     _contiguous(weight)
     x = x if x.stride(-1) == 1 else x.contiguous()
     row_slots = int32(row_slots)
@@ -436,22 +437,23 @@ def dense_int8(x: Tensor, weight: Tensor, quantized: Tensor, bias: Tensor | None
     Each row of x is rounded to 8 bits by its largest, as under int8 slots.
     """
     rows = torch.zeros(x.shape[0], dtype=torch.int32)
-    return linear(x, weight, quantized, rows, bias, slot_type=INT8_DENSE)
+    return linear(x, weight, quantized, rows, bias)
 
 
-def register_layer() -> bool:
-    """Let torch call C++ for `maskllm::layer` on CPU, which leaves the rest to `maskllm::any_layer`.
+def register(name: str) -> bool:
+    """Let torch call C++ for `maskllm::<name>` on CPU, which leaves the rest to `maskllm::any_<name>`.
 
-    Both are `server.engine.linear`'s. False, and nothing done, where this torch has not what it needs.
+    `masked_linear`, or `layer`, which is `server.engine.linear`'s. False, and nothing done, where this torch
+    has not what it needs.
     """
     torch_cpu = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"), None)
     if not _library() or torch_cpu is None:
         return False
-    return bool(_library().maskllm_register_layer(str(torch_cpu).encode(), LARGE))
+    return bool(_library().maskllm_register(name.encode(), str(torch_cpu).encode(), LARGE))
 
 
 def begin_step(row_slots: Tensor | None) -> None:
-    """Tell that layer the slot of each row, contiguous int32, which must live until the next call."""
+    """Tell `maskllm::layer` the slot of each row, contiguous int32, which must live until the next call."""
     if _library():
         rows = 0 if row_slots is None else row_slots.shape[0]
         _library().maskllm_begin_step(None if row_slots is None else row_slots.data_ptr(), rows)
@@ -480,20 +482,22 @@ def int32(row_slots: Tensor) -> Tensor:
     return row_slots.to(torch.int32).contiguous()
 
 
-def _slot_type(slots: Tensor, weight: Tensor, slot_type: int | None = None) -> int:
-    """How slots hold a weight, by their dtype unless told. Raises ValueError where they are not its slots."""
+def _slot_type(slots: Tensor, weight: Tensor) -> int:
+    """How slots hold a weight: under masks or, as int8, the whole. Raises ValueError where they do not."""
     dtype, count = slots.dtype, slots.shape[0]
     if dtype not in KEPT:
         raise ValueError(f"slots are {dtype}: kept values are bfloat16 or int8")
-    slot_type = TYPES[dtype] if slot_type is None else slot_type
+    slot_type = TYPES[dtype]
+    if dtype == torch.int8 and slots.shape[-1] == _slot_bytes(*weight.shape, INT8_DENSE):
+        slot_type = INT8_DENSE
     size = _slot_bytes(*weight.shape, slot_type) // dtype.itemsize
     if count and (slots.shape != (count, size) or slots.stride(1) != 1):
         raise ValueError(
             f"slots {tuple(slots.shape)} of strides {slots.stride()} do not fit a weight "
             f"{tuple(weight.shape)}: they must be (count, {size}) of strides ({size}, 1)"
         )
-    if count and (slots.data_ptr() | slots.stride(0) * dtype.itemsize) % 16:
-        raise ValueError(f"slots begin at {slots.data_ptr():#x}: each must begin at a multiple of 16 bytes")
+    if count and (slots.data_ptr() | slots.stride(0) * dtype.itemsize) % 64:
+        raise ValueError(f"slots begin at {slots.data_ptr():#x}: each must begin at a multiple of 64 bytes")
     return slot_type
 
 
@@ -531,7 +535,7 @@ def _library() -> Any:
         "read": (long, [pointer, long, integer]),
         "slot_bytes": (long, [long, long, integer]),
         "advise": (None, [pointer, long]),
-        "register_layer": (ctypes.c_bool, [text, long]),
+        "register": (ctypes.c_bool, [text, text, long]),
         "begin_step": (None, [pointer, long]),
         "fill": (None, [pointer, integer, pointer, integer, long, pointer, long, long, integer]),
         "expand": (None, [pointer, pointer, integer, long, long, long, long, integer]),

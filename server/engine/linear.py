@@ -252,5 +252,5 @@ _library: Any = torch.library.Library("maskllm", "FRAGMENT")  # type: ignore[no-
 direct_register_custom_op("any_layer", _layer, fake_impl=_shape, target_lib=_library)
 _library.define("layer(Tensor x, Tensor weight, Tensor slots, Tensor? bias) -> Tensor")
 torch.library.register_fake("maskllm::layer", _shape, lib=_library)
-if not (current_platform.is_cpu() and cpu.register_layer()):
+if not (current_platform.is_cpu() and cpu.register("layer")):
     _library.impl("layer", _layer, dispatch_key=current_platform.dispatch_key)

@@ -1,4 +1,5 @@
-// A layer of the engine as an operator of torch's without Python: from Python a small one costs more than its product.
+// Operators of torch's without Python, from which a small layer costs more than its product: `masked_linear`, and the engine's
+// `layer`, to which the step has told its rows.
 //
 // It needs none of torch's headers to build. torch's C functions are looked up in the library that is loaded, and
 // declared here as in torch/csrc/inductor/aoti_torch/c/shim.h and stable/c/shim.h, which keep them from version to version.
@@ -17,6 +18,7 @@ extern "C" long maskllm_multiply(const void* x, int x_type, long x_stride, long 
                                  long slot_stride, int slot_type, long outs, long columns, const float* bias, void* y,
                                  int threads);
 extern "C" bool maskllm_multiplies_all(const int32_t* row_slots, long rows, int weight_type);
+extern "C" long maskllm_slot_bytes(long outs, long columns, int type);
 
 using namespace maskllm;
 
@@ -75,8 +77,6 @@ struct Matrix {
 const int32_t* step_slots = nullptr;  // the slot of each row of the step about to run
 long step_rows = 0, many = 0;         // and from how many weights on a second thread helps
 
-Handle bias_of(const Value* arguments) { return arguments[3] ? (Handle) * (const Optional*)arguments[3] : nullptr; }
-
 // A bias as the kernels take it, until the next one; null where it is of another type.
 const float* floats(const Matrix& bias) {
     static thread_local std::vector<float> converted;
@@ -87,48 +87,76 @@ const float* floats(const Matrix& bias) {
     return converted.data();
 }
 
-// The product, if it is one for the kernels alone: the step's rows, in two dimensions.
-Handle multiply(const Value* arguments) {
-    const Matrix x((Handle)arguments[0]), weight((Handle)arguments[1]), slots((Handle)arguments[2]);
-    const Handle bias = bias_of(arguments);
-    const float* offsets = bias ? floats(Matrix(bias)) : nullptr;
-    const bool plain = (offsets || !bias) && step_slots && x.dim == 2 && x.sizes[0] == step_rows && x.strides[1] == 1 &&
-                       (x.type == F32 || x.type == BF16) && weight.strides[1] == 1 &&
-                       (slots.type == BF16 || slots.type == INT8);
-    if (!plain || !maskllm_multiplies_all(step_slots, step_rows, weight.type)) return nullptr;
-    const int64_t sizes[2] = {x.sizes[0], weight.sizes[0]}, strides[2] = {weight.sizes[0], 1};
+// How slots hold a weight, under masks or the whole of it, or -1 where they do not.
+int type_of(const Matrix& slots, const Matrix& weight) {
+    if ((slots.type != BF16 && slots.type != INT8) || slots.dim != 2 || weight.dim != 2 || weight.strides[1] != 1) return -1;
+    if (!slots.sizes[0]) return slots.type;
+    auto bytes = [&](int type) { return maskllm_slot_bytes(weight.sizes[0], weight.sizes[1], type); };
+    const int64_t size = slots.type == BF16 ? 2 : 1, given = slots.sizes[1] * size;
+    if (slots.strides[1] != 1 || ((uintptr_t)slots.data | slots.strides[0] * size) % 64) return -1;
+    if (slots.type == INT8 && given == bytes(INT8_DENSE)) return INT8_DENSE;
+    return given == bytes(slots.type) ? slots.type : -1;
+}
+
+// The product, if it is one for the kernels alone; null where Python is to do it, or to say what is wrong.
+Handle multiply(Value input, Value dense, Value kept, const int32_t* row_slots, int64_t rows, Value bias) {
+    const Matrix x((Handle)input), weight((Handle)dense), slots((Handle)kept);
+    const int slot_type = type_of(slots, weight);
+    if (!row_slots || x.dim != 2 || x.sizes[0] != rows || x.strides[1] != 1 || (x.type != F32 && x.type != BF16) ||
+        slot_type < 0 || x.sizes[1] != weight.sizes[1])
+        return nullptr;
+    const float* offsets = nullptr;
+    if (bias) {
+        const Matrix given((Handle) * (const Optional*)bias);
+        if (given.dim == 1 && given.sizes[0] == weight.sizes[0]) offsets = floats(given);
+        if (!offsets) return nullptr;
+    }
+    if (!maskllm_multiplies_all(row_slots, rows, weight.type)) return nullptr;
+    const int64_t sizes[2] = {rows, weight.sizes[0]}, strides[2] = {weight.sizes[0], 1};
     Handle out = nullptr;
     empty_strided(2, sizes, strides, x.dtype, 0, 0, &out);
-    const int threads = weight.sizes[0] * weight.sizes[1] * ((step_rows + 7) / 8) >= many ? omp_get_max_threads() : 1;
+    const int threads = weight.sizes[0] * weight.sizes[1] * ((rows + 7) / 8) >= many ? omp_get_max_threads() : 1;
     const long left = maskllm_multiply(
-        x.data, x.type, x.strides[0], x.sizes[0], step_slots, weight.data, weight.type, weight.strides[0],
-        (const uint8_t*)slots.data, slots.sizes[0], slots.strides[0] * (slots.type == BF16 ? 2 : 1), slots.type,
+        x.data, x.type, x.strides[0], rows, row_slots, weight.data, weight.type, weight.strides[0],
+        (const uint8_t*)slots.data, slots.sizes[0], slots.strides[0] * (slots.type == BF16 ? 2 : 1), slot_type,
         weight.sizes[0], weight.sizes[1], offsets, Matrix(out).data, threads);
     if (!left) return out;
     delete_tensor(out);
-    return nullptr;  // a slot that there is not, which the other one says
+    return nullptr;  // a slot that there is not
 }
 
-void layer(Value* stack, uint64_t, uint64_t) {
-    Handle out = multiply(stack);
-    if (!out) return call_dispatcher("maskllm::any_layer", "", stack);
-    for (int i = 0; i < 3; i++) delete_tensor((Handle)stack[i]);
-    if (Handle bias = bias_of(stack)) delete_tensor(bias), delete_optional((Optional*)stack[3]);
+// Leave the result of a call, whose arguments, the one at `bias` among them, are no longer needed.
+void answer(Value* stack, int tensors, Handle out) {
+    for (int i = 0; i < tensors; i++) delete_tensor((Handle)stack[i]);
+    if (stack[tensors]) delete_tensor((Handle) * (Optional*)stack[tensors]), delete_optional((Optional*)stack[tensors]);
     stack[0] = (Value)out;
+}
+
+void layer(Value* stack, uint64_t, uint64_t) {  // x, weight, slots, bias
+    Handle out = multiply(stack[0], stack[1], stack[2], step_slots, step_rows, stack[3]);
+    out ? answer(stack, 3, out) : call_dispatcher("maskllm::any_layer", "", stack);
+}
+
+void masked_linear(Value* stack, uint64_t, uint64_t) {  // x, weight, slots, row_slots, bias, present
+    const Matrix row_slots((Handle)stack[3]);
+    const bool plain = row_slots.dtype == 3 && row_slots.dim == 1 && row_slots.strides[0] == 1 && !stack[5];
+    Handle out = !plain ? nullptr
+                        : multiply(stack[0], stack[1], stack[2], (const int32_t*)row_slots.data, row_slots.sizes[0], stack[4]);
+    out ? answer(stack, 4, out) : call_dispatcher("maskllm::any_masked_linear", "", stack);
 }
 
 }  // namespace
 
 extern "C" {
 
-// Let torch call `layer` for maskllm::layer on CPU, which has maskllm::any_layer do what it does not. False, and nothing
+// Let torch call C++ for one of these operators on CPU, which has maskllm::any_... do what it does not. False, and nothing
 // done, where the library at `torch` has not all of what it calls.
-bool maskllm_register_layer(const char* torch, long weights) {
+bool maskllm_register(const char* name, const char* torch, long weights) {
     void* library = dlopen(torch, RTLD_LAZY | RTLD_NOLOAD);
     if (!library || !find_all(library)) return false;
     Handle ours = nullptr;
     library_init_impl("maskllm", "CPU", __FILE__, __LINE__, &ours);  // kept for good
-    library_impl(ours, "layer", layer);
+    library_impl(ours, name, std::strcmp(name, "layer") ? masked_linear : layer);
     many = weights;
     return true;
 }

@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from maskllm.core.patterns import best, encode, pack
 from maskllm.kernels import DENSE, cpu, gpu
-from maskllm.kernels.masked_linear import NoBackend, allocate, backend, chosen, fill, masked_linear
+from maskllm.kernels.masked_linear import (
+    NoBackend,
+    allocate,
+    backend,
+    chosen,
+    fill,
+    masked_linear,
+    multiply,
+)
 
 HERE = Path(__file__).parent
 CPU = Path(cpu.__file__).with_name("cpu")
@@ -510,11 +519,13 @@ def test_what_is_no_slot_of_the_kernels_is_refused(fast):  # noqa: ARG001
         masked_linear(torch.ones(1, 128), weight, slots.T.contiguous().T, row, None)
     with pytest.raises(ValueError, match=r"slots .* do not fit a weight"):
         cpu.dense_int8(torch.ones(1, 128), weight, cpu.quantize(weight)[:, :-64])
+    with pytest.raises(ValueError, match=r"the whole weight in 8 bits, and no mask"):
+        fill(cpu.quantize(weight), 0, weight, packed(mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_slots_that_do_not_begin_at_whole_vectors_are_refused(fast, dtype):  # noqa: ARG001
-    """They are written past the caches, which takes 16 bytes at a time where they belong."""
+    """They are written past the caches, which takes whole lines of 64 bytes."""
     weight, mask = torch.ones(4, 128), torch.tensor([FIRST_TWO * 32] * 4)
     slots = masked(weight, [mask, mask], dtype)
     count, size = slots.shape
@@ -523,9 +534,9 @@ def test_slots_that_do_not_begin_at_whole_vectors_are_refused(fast, dtype):  # n
         memory[1 : 1 + count * size].view(count, size),
         memory.as_strided((count, size), (size + 1, 1)),
     ):
-        with pytest.raises(ValueError, match="each must begin at a multiple of 16 bytes"):
+        with pytest.raises(ValueError, match="each must begin at a multiple of 64 bytes"):
             masked_linear(torch.ones(1, 128), weight, off, torch.zeros(1, dtype=torch.int32), None)
-        with pytest.raises(ValueError, match="each must begin at a multiple of 16 bytes"):
+        with pytest.raises(ValueError, match="each must begin at a multiple of 64 bytes"):
             fill(off, 1, weight, packed(mask))
 
 
@@ -669,6 +680,54 @@ def test_the_operator_keeps_the_contract_of_torch_library(layer, dtype):
     x = torch.randn(3, 4, dtype=dtype)
     operator = torch.ops.maskllm.masked_linear.default
     torch.library.opcheck(operator, (x, weight.to(dtype), slots, rows, None))
+
+
+@pytest.mark.parametrize(
+    ("what", "python"),
+    {
+        "the usual case": False,
+        "a bias": False,
+        "the whole weight in 8 bits": False,
+        "no rows": True,
+        "slots that are named": True,
+        "float16": True,
+        "row slots of int64": True,
+        "row slots that are apart": True,
+        "columns that are apart": True,
+        "dense rows that torch does better": True,
+    }.items(),
+)
+def test_what_kernels_do_alone_takes_no_python_and_nothing_is_kept_of_a_call(fast, what, python):  # noqa: ARG001
+    weight = torch.randn(12, 140).bfloat16()
+    slots = masked(weight, [best(torch.rand(weight.shape)) for _ in range(2)])
+    x, row_slots = torch.randn(3, 140), torch.tensor([1, 0, 1], dtype=torch.int32)
+    bias = present = None
+    match what:
+        case "no rows":
+            x, row_slots = x[:0], row_slots[:0]
+        case "a bias":
+            bias = torch.randn(12).bfloat16()
+        case "the whole weight in 8 bits":
+            slots, row_slots = cpu.quantize(weight), torch.zeros(3, dtype=torch.int32)
+        case "slots that are named":
+            present = [0, 1]
+        case "float16":
+            x = x.half()
+        case "row slots of int64":
+            row_slots = row_slots.long()
+        case "row slots that are apart":
+            row_slots = torch.tensor([1, 9, 0, 9, 1, 9], dtype=torch.int32)[::2]
+        case "columns that are apart":
+            x = torch.randn(3, 280)[:, ::2]
+        case "dense rows that torch does better":
+            x, row_slots = torch.randn(99, 140), torch.full((99,), DENSE, dtype=torch.int32)
+    given = [each for each in (x, weight, slots, row_slots, bias) if each is not None]
+    kept = [each._use_count() for each in given]
+    with torch.no_grad(), profile() as profiled:
+        out = masked_linear(x, weight, slots, row_slots, bias, present)
+    assert any(event.name == "maskllm::any_masked_linear" for event in profiled.events()) == python
+    assert [each._use_count() for each in given] == kept
+    assert torch.equal(out, multiply(x, weight, slots, row_slots, bias))
 
 
 def test_one_openmp_runtime_serves_torch_and_the_kernels(fast):  # noqa: ARG001
