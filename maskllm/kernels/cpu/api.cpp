@@ -177,8 +177,12 @@ CLONES float lay_out(const void* x, int type, const Shape& s, Form form, int inp
     const uint32_t zero = kernels->int8_is_unsigned ? 128 : 0;
     for (size_t b = 0; b < s.blocks; b++, out += block_step) {
         if (form == LANES_BF16 || form == NATURAL_BF16) {
-            uint16_t values[COLUMNS] = {};
-            std::memcpy(values, (const uint16_t*)x + b * COLUMNS, 2 * std::min(COLUMNS, s.columns - b * COLUMNS));
+            const uint16_t* values = (const uint16_t*)x + b * COLUMNS;
+            uint16_t padded[COLUMNS] = {};
+            if (s.columns - b * COLUMNS < COLUMNS) {
+                std::memcpy(padded, values, 2 * (s.columns - b * COLUMNS));
+                values = padded;
+            }
             form == NATURAL_BF16 ? natural_order(values, out, step) : lane_order<4>(values, out, step);
             continue;
         }
@@ -212,8 +216,7 @@ struct Panel {
     size_t first;  // in the order
     int rows;      // of the batch; the inputs past them are zeros, as a wider panel beats two passes of the weight
     int inputs;
-    size_t offset;
-    uint8_t* data = nullptr;
+    size_t offset;  // of its inputs in what was laid out
 };
 
 struct Batch {
@@ -246,7 +249,7 @@ struct Batch {
 };
 
 // Sums are of four bytes, floats or for int8 integers: ROWS for each input.
-void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, float* sums) {
+void multiply_dense(const Batch& batch, const Panel& panel, const uint8_t* data, size_t q, size_t block, size_t blocks, float* sums) {
     const Shape& s = batch.shape;
     const bool fused = panel.part->slot == FUSED;
     const uint8_t* masks[4];
@@ -264,19 +267,20 @@ void multiply_dense(const Batch& batch, const Panel& panel, size_t q, size_t blo
     }
     const size_t at = block * COLUMNS * panel.inputs;
     if (even_first)
-        kernels->dense_f32(weight, stride, columns, (const float*)panel.data + at, panel.inputs, sums);
+        kernels->dense_f32(weight, stride, columns, (const float*)data + at, panel.inputs, sums);
     else
         kernels->dense_bf16(weight, stride, columns, fused ? masks : nullptr, s.quads * CHUNK * MASK_BYTES,
-                            (const uint16_t*)panel.data + at, panel.inputs, sums);
+                            (const uint16_t*)data + at, panel.inputs, sums);
 }
 
 // Some blocks of quad `q` times the same of a panel; or of STREAMS quads, so many `apart`.
-void multiply(const Batch& batch, const Panel& panel, size_t q, size_t block, size_t blocks, float* sums, size_t apart = 0) {
-    if (panel.part->slot < 0) return multiply_dense(batch, panel, q, block, blocks, sums);
+void multiply(const Batch& batch, const Panel& panel, const uint8_t* data, size_t q, size_t block, size_t blocks, float* sums,
+              size_t apart = 0) {
+    if (panel.part->slot < 0) return multiply_dense(batch, panel, data, q, block, blocks, sums);
     const Form form = batch.form(*panel.part);
     const uint8_t* masks = batch.slot_type == INT8_DENSE ? nullptr : batch.masks(panel.part->slot, q, block);
     const uint8_t* values = batch.values(panel.part->slot, q, block);
-    const uint8_t* inputs = panel.data + block * COLUMNS * panel.inputs * element_bytes(form);
+    const uint8_t* inputs = data + block * COLUMNS * panel.inputs * element_bytes(form);
     if (apart)
         kernels->sparse_f32_apart(masks, values, blocks, (const float*)inputs, sums, apart);
     else if (form == LANES_INT8)
@@ -360,7 +364,7 @@ constexpr size_t QUADS_TOGETHER = 64, PANELS_TOGETHER = 8;
 // quads at a time, as with the panels these are to stay in the second cache, and not for few panels, which do not gain by it.
 constexpr size_t QUADS_DECODED = 8, PANELS_DECODED = 16, FEWEST_DECODED = 4;
 
-void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first_quad, size_t last_quad, const float* scales) {
+void multiply(const Batch& batch, const std::vector<Panel>& panels, const uint8_t* laid_out, size_t first_quad, size_t last_quad) {
     static thread_local std::vector<float> sums;
     alignas(64) uint8_t decoded[QUADS_DECODED * CHUNK * DECODED_BYTES];
     const Shape& s = batch.shape;
@@ -385,14 +389,15 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
             std::fill_n(sums.data(), quads * (end - begin) * width, 0.f);
             for (size_t block = 0, blocks; block < s.blocks; block += blocks) {
                 blocks = std::min(step, (block < full ? full : s.blocks) - block);
-                auto take = [&](size_t p, size_t q) { multiply(batch, panels[p], quad + q, block, blocks, of(p, q)); };
+                auto data = [&](size_t p) { return laid_out + panels[p].offset; };
+                auto take = [&](size_t p, size_t q) { multiply(batch, panels[p], data(p), quad + q, block, blocks, of(p, q)); };
                 if (part->slot < 0)
                     for (size_t q = 0; q < quads; q++)
                         for (size_t p = begin; p < end; p++) take(p, q);
                 else if (streams) {
                     const size_t apart = quads / STREAMS;
                     for (size_t q = 0; q < apart; q++)
-                        multiply(batch, panels[begin], quad + q, block, blocks, of(begin, q), apart);
+                        multiply(batch, panels[begin], data(begin), quad + q, block, blocks, of(begin, q), apart);
                     for (size_t q = apart * STREAMS; q < quads; q++) take(begin, q);
                 } else if (decodes)
                     for (size_t first = 0; first < quads; first += QUADS_DECODED) {
@@ -402,7 +407,7 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
                             kernels->decode_f32(batch.masks(part->slot, quad + q, block), batch.values(part->slot, quad + q, block),
                                                 blocks, at(q));
                         for (size_t p = begin; p < end; p++) {
-                            const auto inputs = (const float*)panels[p].data + block * COLUMNS * panels[p].inputs;
+                            const auto inputs = (const float*)data(p) + block * COLUMNS * panels[p].inputs;
                             for (size_t q = first; q < last; q++)
                                 kernels->sparse_f32_decoded(nullptr, at(q), blocks, inputs, panels[p].inputs, of(p, q));
                         }
@@ -411,7 +416,9 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, size_t first
                     for (size_t p = begin; p < end; p++)
                         for (size_t q = 0; q < quads; q++) take(p, q);
             }
-            for (size_t p = begin; p < end; p++) write(batch, panels[p], quad, quads, scales, of(p, 0), width);
+            for (size_t p = begin; p < end; p++)
+                for (size_t q = 0; q < quads; q += QUADS_TOGETHER)  // whose sums stay in the first cache from row to row
+                    write(batch, panels[p], quad + q, std::min(QUADS_TOGETHER, quads - q), (const float*)laid_out, of(p, q), width);
         }
     }
 }
@@ -462,6 +469,10 @@ void arrange(Batch& batch, long rows, bool leave_dense) {
     }
 }
 
+// So many bytes of inputs each thread lays out for itself, of more each some panels: to fetch lines from another's cache takes
+// longer, and longest where two write to neighbouring ones (64 rows of 4096: 50 us by one thread, 200 by two in turns).
+constexpr size_t LAID_OUT_BY_EACH = 1 << 19;
+
 void run(const Batch& batch, int threads) {
     const Shape& s = batch.shape;
     std::vector<Panel> panels;
@@ -476,28 +487,31 @@ void run(const Batch& batch, int threads) {
             bytes += inputs * s.blocks * COLUMNS * element_bytes(batch.form(part));
         }
     }
-    uint8_t* memory = scratch(bytes);
-    float* scales = (float*)memory;
-    for (Panel& panel : panels) panel.data = memory + panel.offset;
-#pragma omp parallel num_threads(threads)
+    auto lay = [&](uint8_t* memory, const Panel& panel) {
+        const Form form = batch.form(*panel.part);
+        const size_t size = batch.x_type == F32 ? 4 : 2;
+        for (int t = 0; t < panel.inputs; t++) {
+            uint8_t* out = memory + panel.offset + 64 * t;
+            if (t < panel.rows) {
+                const void* x = (const uint8_t*)batch.x + batch.order[panel.first + t] * batch.x_stride * size;
+                ((float*)memory)[panel.first + t] = lay_out(x, batch.x_type, s, form, panel.inputs, out);
+            } else
+                for (size_t byte = 0; byte < s.blocks * COLUMNS * element_bytes(form); byte += 64)
+                    std::memset(out + byte * panel.inputs, 0, 64);
+        }
+    };
+    const bool few = bytes <= LAID_OUT_BY_EACH;
+    uint8_t* memory = few ? nullptr : scratch(bytes);
+#pragma omp parallel num_threads(threads) firstprivate(memory)
     {
-#pragma omp for collapse(2) schedule(static, 1)
-        for (size_t p = 0; p < panels.size(); p++)
-            for (int t = 0; t < kernels->tile; t++) {
-                const Panel& panel = panels[p];
-                if (t >= panel.inputs) continue;
-                const Form form = batch.form(*panel.part);
-                uint8_t* out = panel.data + 64 * t;
-                if (t < panel.rows) {
-                    const size_t at = panel.first + t, size = batch.x_type == F32 ? 4 : 2;
-                    const void* x = (const uint8_t*)batch.x + batch.order[at] * batch.x_stride * size;
-                    scales[at] = lay_out(x, batch.x_type, s, form, panel.inputs, out);
-                } else
-                    for (size_t byte = 0; byte < s.blocks * COLUMNS * element_bytes(form); byte += 64)
-                        std::memset(out + byte * panel.inputs, 0, 64);
-            }
+        if (few) {
+            memory = scratch(bytes);
+            for (const Panel& panel : panels) lay(memory, panel);
+        } else
+#pragma omp for schedule(static, 1)
+            for (size_t p = 0; p < panels.size(); p++) lay(memory, panels[p]);
         const size_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-        multiply(batch, panels, s.quads * thread / count, s.quads * (thread + 1) / count, scales);
+        multiply(batch, panels, memory, s.quads * thread / count, s.quads * (thread + 1) / count);
     }
 }
 
@@ -621,13 +635,14 @@ void maskllm_fill(uint8_t* slot, int slot_type, const void* weight, int weight_t
                 for (size_t r = 0; r < ROWS; r++)
                     for (size_t byte = 0; byte < COLUMNS * size; byte += 64)  // the next quad's, worth up to 1.2x
                         __builtin_prefetch(next + r * weight_stride * size + byte);
-                if (slot_type == INT8)
-                    kernels->fill_int8(dense, stride, inverse, bits, kept);
-                else
-                    kernels->fill_bf16(dense, stride, bits, kept);
                 const size_t at = place(s, slot_type, q, b);
+                uint8_t *block = values + at * value_bytes(slot_type), *filled = kernels->fills_past_caches ? block : kept;
+                if (slot_type == INT8)
+                    kernels->fill_int8(dense, stride, inverse, bits, filled);
+                else
+                    kernels->fill_bf16(dense, stride, bits, filled);
                 stream(masks + at * MASK_BYTES, bits, MASK_BYTES);
-                stream(values + at * value_bytes(slot_type), kept, value_bytes(slot_type));
+                if (filled == kept) stream(block, kept, value_bytes(slot_type));
             }
         }
 #if defined(__x86_64__)

@@ -242,41 +242,51 @@ inline __m256i kept(const uint16_t* row, const uint8_t* mask) {
     return _mm512_castsi512_si256(_mm512_maskz_compress_epi16(bits, _mm512_loadu_si512(row)));
 }
 
-// The 32 columns of lane l keep 16 values: group j's pair is dword j, and goes to vector j.
+// The 32 columns of lane l keep 16 values: group j's pair is dword j, and goes to vector j. Two lanes at a time.
 void fill_bf16(const uint16_t* weight, size_t weight_stride, const uint8_t* mask, uint8_t* values) {
-    for (int l = 0; l < 4; l++) {
-        __m256i row[4];
+    __m512i part[2][4];  // of vectors j and j + 4 by lane: 2 h of the one, of the other, 2 h + 1 of the one, of the other
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+        __m512i row[4];
+#pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
-            row[r] = kept(weight + r * weight_stride + 32 * l, mask + 16 * l + 4 * r);
+            auto of = [&](int l) { return kept(weight + r * weight_stride + 32 * l, mask + 16 * l + 4 * r); };
+            row[r] = _mm512_inserti64x4(_mm512_castsi256_si512(of(2 * h)), of(2 * h + 1), 1);
         }
-        const __m256i a = _mm256_unpacklo_epi32(row[0], row[1]), b = _mm256_unpackhi_epi32(row[0], row[1]);
-        const __m256i c = _mm256_unpacklo_epi32(row[2], row[3]), d = _mm256_unpackhi_epi32(row[2], row[3]);
-        const __m256i pairs[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),  // vectors 0 and 4, 1 and 5
-                                  _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
-        for (int j = 0; j < 4; j++) {
-            _mm_storeu_si128((__m128i*)(values + 64 * j + 16 * l), _mm256_castsi256_si128(pairs[j]));
-            _mm_storeu_si128((__m128i*)(values + 64 * (j + 4) + 16 * l),
-                             _mm256_extracti128_si256(pairs[j], 1));
-        }
+        const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]), b = _mm512_unpackhi_epi32(row[0], row[1]);
+        const __m512i c = _mm512_unpacklo_epi32(row[2], row[3]), d = _mm512_unpackhi_epi32(row[2], row[3]);
+        part[h][0] = _mm512_unpacklo_epi64(a, c), part[h][1] = _mm512_unpackhi_epi64(a, c);
+        part[h][2] = _mm512_unpacklo_epi64(b, d), part[h][3] = _mm512_unpackhi_epi64(b, d);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        _mm512_stream_si512((__m512i*)(values + 64 * j), _mm512_shuffle_i64x2(part[0][j], part[1][j], 0x88));
+        _mm512_stream_si512((__m512i*)(values + 64 * (j + 4)), _mm512_shuffle_i64x2(part[0][j], part[1][j], 0xdd));
     }
 }
 
 void fill_int8(const uint16_t* weight, size_t weight_stride, const float* inverse_scales, const uint8_t* mask, uint8_t* values) {
+    __m512i lane[4];  // of each, what goes to vectors 0 to 3
+#pragma GCC unroll 4
     for (int l = 0; l < 4; l++) {
-        __m128i row[4];
+        __m512i row[4];
+#pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             const __m512i wide = _mm512_cvtepu16_epi32(kept(weight + r * weight_stride + 32 * l, mask + 16 * l + 4 * r));
             const __m512 floats = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
             const __mmask16 number = _mm512_cmp_ps_mask(floats, floats, _CMP_ORD_Q);
             const __m512 steps = _mm512_maskz_mul_ps(number, floats, _mm512_set1_ps(inverse_scales[r]));
-            const __m512 most = _mm512_set1_ps(127), scaled = _mm512_max_ps(_mm512_min_ps(steps, most), -most);
-            row[r] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(scaled));
+            row[r] = _mm512_cvtps_epi32(_mm512_range_ps(steps, _mm512_set1_ps(127), 2));  // the smaller magnitude, with steps' sign
         }
-        const __m128i a = _mm_unpacklo_epi32(row[0], row[1]), b = _mm_unpackhi_epi32(row[0], row[1]);
-        const __m128i c = _mm_unpacklo_epi32(row[2], row[3]), d = _mm_unpackhi_epi32(row[2], row[3]);
-        const __m128i lanes[4] = {_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d),
-                                  _mm_unpackhi_epi64(b, d)};
-        for (int j = 0; j < 4; j++) _mm_storeu_si128((__m128i*)(values + 64 * j + 16 * l), lanes[j]);
+        lane[l] = _mm512_packs_epi16(_mm512_packs_epi32(row[0], row[1]), _mm512_packs_epi32(row[2], row[3]));
+    }
+    for (int j = 0; j < 4; j += 2) {
+        auto halves = [&](int l) {
+            return j ? _mm512_shuffle_i64x2(lane[l], lane[l + 1], 0xee) : _mm512_shuffle_i64x2(lane[l], lane[l + 1], 0x44);
+        };
+        const __m512i low = halves(0), high = halves(2);
+        _mm512_stream_si512((__m512i*)(values + 64 * j), _mm512_shuffle_i64x2(low, high, 0x88));
+        _mm512_stream_si512((__m512i*)(values + 64 * (j + 1)), _mm512_shuffle_i64x2(low, high, 0xdd));
     }
 }
 
@@ -292,6 +302,7 @@ const Kernels* avx512() {
         .dense_f32 = dense_f32<Avx512>,
         .fill_bf16 = fill_bf16,
         .fill_int8 = fill_int8,
+        .fills_past_caches = true,
     };
     return &kernels;
 }
@@ -308,6 +319,7 @@ const Kernels* avx512_bf16() {
         .dense_bf16 = dense_bf16,
         .fill_bf16 = fill_bf16,
         .fill_int8 = fill_int8,
+        .fills_past_caches = true,
     };
     return &kernels;
 }

@@ -79,6 +79,7 @@ struct Kernels {
     // Four rows of 128 dense columns and their mask bits -> the values of a block. As int8 an infinity saturates, and NaN is 0.
     void (*fill_bf16)(const uint16_t* weight, size_t weight_stride, const uint8_t* mask, uint8_t* values);
     void (*fill_int8)(const uint16_t* weight, size_t weight_stride, const float* inverse_scales, const uint8_t* mask, uint8_t* values);
+    bool fills_past_caches;  // whole lines, once each, which a slot's megabytes would only empty
 };
 
 const Kernels* portable();
