@@ -91,6 +91,8 @@ class Layer:
     def contenders(self, rows: int) -> dict[str, Callable[[int], object]]:
         """By name; `rows` inputs under one mask. Ours take bfloat16 inputs, "fp32 inputs" excepted.
 
+        "Reading" does nothing but to read a slot: what no product with it can be faster than.
+
         Each goes through the pool from a place of its own: no one meets weights that another has just read.
         """
         x = torch.randn(rows, self.shape[1])
@@ -108,7 +110,11 @@ class Layer:
 
         def dense_int8(turn: int) -> None:
             at = (turn + self.count // 2) % self.count
-            cpu.dense_int8(half, self.weights[at], self.dense_int8[at])
+            masked_linear(half, self.weights[at], self.dense_int8[at], masked, None)
+
+        def read(slots: list[Tensor]) -> Callable[[int], object]:
+            numbers, start = [each.view(torch.int64) for each in slots], self.count // 3
+            return lambda turn: cpu.read(numbers[(turn + start) % self.count])
 
         extra = {"ours, dense bf16": ours(self.bf16, half, dense, 0.5)}
         if rows > cpu.costs().dense_rows:  # it would be torch's
@@ -124,6 +130,8 @@ class Layer:
             "2:4 bf16, fp32 inputs": ours(self.bf16, x, masked, 0.5),
             "2:4 int8": ours(self.int8, half, masked, 0),
             "ours, dense int8": dense_int8,
+            "reading bf16": read(self.bf16),
+            "reading int8": read(self.int8),
         } | extra
 
     def swap(self) -> dict[str, Callable[[int], object]]:
