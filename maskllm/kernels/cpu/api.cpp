@@ -164,11 +164,12 @@ CLONES float lay_out(const void* x, int type, const Shape& s, Form form, int inp
     float block[COLUMNS], scale = 1;
     if (form == LANES_INT8) {
         uint32_t largest = 0;  // magnitudes compare as integers do, infinity and NaN above all
-        for (size_t b = 0; b < s.blocks; b++) {
-            read_block(x, type, s, b, block);
-            uint32_t bits[COLUMNS];
-            std::memcpy(bits, block, sizeof block);
-            for (uint32_t value : bits) largest = std::max(largest, value & 0x7fffffff);
+        if (type == F32)
+            for (size_t c = 0; c < s.columns; c++) largest = std::max(largest, ((const uint32_t*)x)[c] & 0x7fffffff);
+        else {
+            uint16_t half = 0;
+            for (size_t c = 0; c < s.columns; c++) half = std::max(half, uint16_t(((const uint16_t*)x)[c] & 0x7fff));
+            largest = uint32_t(half) << 16;
         }
         std::memcpy(&scale, &largest, 4);
         scale = largest < 0x7f800000 ? scale / 127 : NAN;
@@ -273,22 +274,24 @@ void multiply_dense(const Batch& batch, const Panel& panel, const uint8_t* data,
                             (const uint16_t*)data + at, panel.inputs, sums);
 }
 
-// Some blocks of quad `q` times the same of a panel; or of STREAMS quads, so many `apart`.
-void multiply(const Batch& batch, const Panel& panel, const uint8_t* data, size_t q, size_t block, size_t blocks, float* sums,
-              size_t apart = 0) {
-    if (panel.part->slot < 0) return multiply_dense(batch, panel, data, q, block, blocks, sums);
+// Some blocks of as many quads, from `q` on, times the same of a panel; or of each of them and others, so many `apart`. A quad's
+// sums are `width` from the next's.
+void multiply(const Batch& batch, const Panel& panel, const uint8_t* data, size_t q, size_t quads, size_t block, size_t blocks,
+              float* sums, size_t width, size_t apart) {
     const Form form = batch.form(*panel.part);
     const uint8_t* masks = batch.slot_type == INT8_DENSE ? nullptr : batch.masks(panel.part->slot, q, block);
     const uint8_t* values = batch.values(panel.part->slot, q, block);
     const uint8_t* inputs = data + block * COLUMNS * panel.inputs * element_bytes(form);
-    if (apart)
-        kernels->sparse_f32_apart(masks, values, blocks, (const float*)inputs, sums, apart);
-    else if (form == LANES_INT8)
-        kernels->int8(masks, values, blocks, inputs, panel.inputs, (int32_t*)sums);
-    else if (form == LANES_BF16)
-        kernels->sparse_bf16(masks, values, blocks, (const uint16_t*)inputs, panel.inputs, sums);
-    else
-        kernels->sparse_f32(masks, values, blocks, (const float*)inputs, panel.inputs, sums);
+    const size_t mask_step = masks ? blocks * MASK_BYTES : 0, value_step = blocks * value_bytes(batch.slot_type);
+    for (; quads > 0; quads--, masks += mask_step, values += value_step, sums += width)
+        if (apart)
+            kernels->sparse_f32_apart(masks, values, blocks, (const float*)inputs, sums, apart);
+        else if (form == LANES_INT8)
+            kernels->int8(masks, values, blocks, inputs, panel.inputs, (int32_t*)sums);
+        else if (form == LANES_BF16)
+            kernels->sparse_bf16(masks, values, blocks, (const uint16_t*)inputs, panel.inputs, sums);
+        else
+            kernels->sparse_f32(masks, values, blocks, (const float*)inputs, panel.inputs, sums);
 }
 
 // Sixteen outputs, of four quads.
@@ -390,15 +393,17 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, const uint8_
             for (size_t block = 0, blocks; block < s.blocks; block += blocks) {
                 blocks = std::min(step, (block < full ? full : s.blocks) - block);
                 auto data = [&](size_t p) { return laid_out + panels[p].offset; };
-                auto take = [&](size_t p, size_t q) { multiply(batch, panels[p], data(p), quad + q, block, blocks, of(p, q)); };
+                auto take = [&](size_t p, size_t first, size_t count, size_t apart = 0) {
+                    multiply(batch, panels[p], data(p), quad + first, count, block, blocks, of(p, first), width, apart);
+                };
                 if (part->slot < 0)
                     for (size_t q = 0; q < quads; q++)
-                        for (size_t p = begin; p < end; p++) take(p, q);
+                        for (size_t p = begin; p < end; p++)
+                            multiply_dense(batch, panels[p], data(p), quad + q, block, blocks, of(p, q));
                 else if (streams) {
                     const size_t apart = quads / STREAMS;
-                    for (size_t q = 0; q < apart; q++)
-                        multiply(batch, panels[begin], data(begin), quad + q, block, blocks, of(begin, q), apart);
-                    for (size_t q = apart * STREAMS; q < quads; q++) take(begin, q);
+                    take(begin, 0, apart, apart);
+                    take(begin, apart * STREAMS, quads % STREAMS);
                 } else if (decodes)
                     for (size_t first = 0; first < quads; first += QUADS_DECODED) {
                         const size_t last = std::min(first + QUADS_DECODED, quads);
@@ -413,8 +418,7 @@ void multiply(const Batch& batch, const std::vector<Panel>& panels, const uint8_
                         }
                     }
                 else
-                    for (size_t p = begin; p < end; p++)
-                        for (size_t q = 0; q < quads; q++) take(p, q);
+                    for (size_t p = begin; p < end; p++) take(p, 0, quads);
             }
             for (size_t p = begin; p < end; p++)
                 for (size_t q = 0; q < quads; q += QUADS_TOGETHER)  // whose sums stay in the first cache from row to row

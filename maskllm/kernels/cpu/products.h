@@ -17,7 +17,7 @@ namespace maskllm {
 
 // What a single stream reads next; several the processor fetches faster by itself.
 static inline void prefetch(const uint8_t* masks, const uint8_t* values, size_t bytes) {
-    if (masks) __builtin_prefetch(masks + PREFETCH * MASK_BYTES / bytes);
+    if (masks) __builtin_prefetch(masks + PREFETCH / 8);
     for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + PREFETCH + line);
 }
 
