@@ -637,8 +637,8 @@ void maskllm_fill(uint8_t* slot, int slot_type, const void* weight, int weight_t
                 const size_t size = weight_type == F32 ? 4 : 2;
                 const auto next = (const uint8_t*)weight + ((q + 1) * ROWS * weight_stride + b * COLUMNS) * size;
                 for (size_t r = 0; r < ROWS; r++)
-                    for (size_t byte = 0; byte < COLUMNS * size; byte += 64)  // the next quad's, worth up to 1.2x
-                        __builtin_prefetch(next + r * weight_stride * size + byte);
+                    for (size_t byte = 0; byte < COLUMNS * size; byte += 64)  // the next quad's; into the first cache 1.45x slower
+                        __builtin_prefetch(next + r * weight_stride * size + byte, 0, 2);
                 const size_t at = place(s, slot_type, q, b);
                 uint8_t *block = values + at * value_bytes(slot_type), *filled = kernels->fills_past_caches ? block : kept;
                 if (slot_type == INT8)

@@ -100,7 +100,7 @@ inline void sparse_bf16_tile(const uint8_t* masks, const uint8_t* values, size_t
 #pragma GCC unroll 16
         for (auto& s : sums) s = _mm512_setzero_ps();
     for (size_t b = 0; b < blocks; b++, masks += MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
-        prefetch(masks, values, BF16_BYTES);
+        prefetch<T>(masks, values, BF16_BYTES);
         const __m512i mask = _mm512_loadu_si512(masks);
 #pragma GCC unroll 4
         for (int jj = 0; jj < 4; jj++) {
@@ -177,7 +177,7 @@ inline void dense_bf16_tile(const uint16_t* weight, size_t weight_stride, size_t
         for (int r = 0; r < 4; r++) {
             // The rows' pieces are short: what follows one is the next quad's.
             const size_t ahead = c + PREFETCH / 4;
-            __builtin_prefetch(rows[r] + (ahead < columns ? ahead : 4 * weight_stride + ahead - columns));
+            __builtin_prefetch(rows[r] + (ahead < columns ? ahead : 4 * weight_stride + ahead - columns), 0, 2);
             w[r] = _mm512_loadu_si512(rows[r] + c);
         }
         step(w, c);
@@ -210,7 +210,7 @@ inline void dense_bf16_rows(const uint16_t* weight, size_t weight_stride, size_t
         for (; c + 64 <= columns; c += 64) {
             const size_t ahead = c + PREFETCH / 2;
             const uint16_t* later = ahead < columns ? row + ahead : next + (ahead - columns);
-            __builtin_prefetch(later), __builtin_prefetch(later + 32);
+            __builtin_prefetch(later, 0, 2), __builtin_prefetch(later + 32, 0, 2);
             even = multiply(even, ~0u, c), odd = multiply(odd, ~0u, c + 32);
         }
         for (; c < columns; c += 32) even = multiply(even, columns - c < 32 ? (1u << (columns - c)) - 1 : ~0u, c);

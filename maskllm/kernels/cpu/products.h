@@ -15,10 +15,13 @@ namespace maskllm {
 #define HOLD(vector) asm("" : "+v"(vector))
 #endif
 
-// What a single stream reads next; several the processor fetches faster by itself.
+// What a single stream reads next; several the processor fetches faster by itself. For few inputs into the second cache, which
+// can wait for more lines at a time: 1.05 times as fast, and 0.96 for 16, which find them later than they multiply.
+template <int INPUTS>
 static inline void prefetch(const uint8_t* masks, const uint8_t* values, size_t bytes) {
-    if (masks) __builtin_prefetch(masks + PREFETCH / 8);
-    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + PREFETCH + line);
+    constexpr int CLOSE = INPUTS < 8 ? 2 : 3;
+    if (masks) __builtin_prefetch(masks + PREFETCH / 8, 0, CLOSE);
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + PREFETCH + line, 0, CLOSE);
 }
 
 template <class V, int T, class Sum, class Out>
@@ -74,7 +77,7 @@ inline void sparse_f32_tile(const uint8_t* masks, const uint8_t* values, size_t 
             return V::permute(inputs, where);
     };
     for (size_t b = 0; b < blocks; b++, masks += DECODED ? 0 : MASK_BYTES, values += BF16_BYTES, panel += T * COLUMNS) {
-        if (Q == 1 && !DECODED) prefetch(masks, values, BF16_BYTES);
+        if (Q == 1 && !DECODED) prefetch<T>(masks, values, BF16_BYTES);
 #pragma GCC unroll 4
         for (int p = 0; p < PARTS; p++)
 #pragma GCC unroll 8
@@ -204,7 +207,7 @@ inline void int8_tile(const uint8_t* masks, const uint8_t* values, size_t blocks
 #pragma GCC unroll 16
         for (auto& s : sums) s = V::zero_int();
     for (size_t b = 0; b < blocks; b++, values += BYTES, panel += T * COLUMNS) {
-        prefetch(MASKED ? masks : nullptr, values, BYTES);
+        prefetch<T>(MASKED ? masks : nullptr, values, BYTES);
         typename V::I mask[PARTS];
         for (int p = 0; MASKED && p < PARTS; p++) mask[p] = V::load(masks + b * MASK_BYTES + 4 * W * p);
 #pragma GCC unroll 2
