@@ -13,21 +13,12 @@ from serving import Swaps  # noqa: E402
 from soak import RIGHT, TIE, WRONG, Answer, Ask, Reference, Soak, judge, prove  # noqa: E402
 
 KNOWN_MISSES = {
-    # At 4 rows torch takes 1.4 times as long as reading 16 bits a weight would, and we 1.04 to 1.27 times
-    # as long as reading 9: 4 is out of reach. So is 1.8 against int8 where torch reads its 8 bits well: 5
-    # instead of 8 can give 1.6.
+    # A plain read of the slot takes 0.95 of our time at 4 rows, and a third of torch's: 4 wants the hours in
+    # which memory is read at 60 GB/s, as 1.8 against torch's int8 does here, where the read would be 1.87.
     "kernels: 4096 x 4096, 4 | x torch": 2.3,
     "kernels: 11008 x 4096, 4 | x torch": 2.4,
     "kernels: 4096 x 11008, 4 | x torch": 2.4,
-    "kernels: 768 x 768, 4 | x torch": 2.3,
-    "kernels: 4096 x 4096, 1 | x torch int8": 1.7,
     "kernels: 11008 x 4096, 1 | x torch int8": 1.5,
-    "kernels: 4096 x 11008, 1 | x torch int8": 1.5,
-    # A call from Python is 6 of 41 us, and of 60.
-    "kernels: 768 x 768, 1 | x own dense": 1.4,
-    # 84 us, of which a call from Python takes 6, beside 56 to 79 of memcpy.
-    "kernels: 768 x 768, swap bf16 | time / memcpy": 1.5,
-    "kernels: 768 x 768, swap int8 | time / memcpy": 1.45,
     # Small layers are calls from Python, and at 512 rows permuting.
     "kernels-avx2: 768 x 768, 1 | x torch": 1.0,
     "kernels-avx2: 768 x 768, 1 | x own dense": 1.35,
@@ -45,11 +36,10 @@ KNOWN_MISSES = {
     "kernels-avx2: 4096 x 11008, 1 | x torch int8": 1.4,
     "kernels-avx2: 768 x 768, 1 | x torch int8": 1.3,
     # Of our steps 6 to 9 ms are the head, attention and Python, which do not shrink with the weights.
-    "end-to-end: batch 1 | bf16 slots, times": 1.7,
+    # And the host computes slower where it reads faster: int8 at 4 was 2.02 to 2.55 in four runs of two days.
     "end-to-end: batch 4 | bf16 slots, times": 1.45,
+    "end-to-end: batch 4 | int8 slots and head, times": 2.0,
     "end-to-end: batch 16 | bf16 slots, times": 1.3,
-    # One mask's step is what became faster, by the head.
-    "end-to-end: batch 16, 8 masks | int8 slots and head, times": 0.45,
     # Reads of 128 bytes a row reach 2 of the 4.2 TB/s, whatever is computed with them.
     "gpu-nvidia-h200: decode, batch 16 | layer, x": 1.15,
 }

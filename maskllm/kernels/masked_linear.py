@@ -167,7 +167,7 @@ def multiply(
     bias: Tensor | None,
     present: list[int] | None = None,
 ) -> Tensor:
-    """`masked_linear` for who needs no operator of torch: one is 5 us."""
+    """`masked_linear` in Python: what C++ leaves, and for who needs no operator of torch."""
     if slots.dtype == torch.bool:
         return reference(x, weight, slots, row_slots, bias)
     if slots.device.type == "cpu":
