@@ -125,7 +125,7 @@ Handle multiply(Value input, Value dense, Value kept, const int32_t* row_slots, 
     return nullptr;  // a slot that there is not
 }
 
-// Leave the result of a call, whose arguments, the one at `bias` among them, are no longer needed.
+// Leave the result of a call whose arguments, so many tensors and then a bias or none, are no longer needed.
 void answer(Value* stack, int tensors, Handle out) {
     for (int i = 0; i < tensors; i++) delete_tensor((Handle)stack[i]);
     if (stack[tensors]) delete_tensor((Handle) * (Optional*)stack[tensors]), delete_optional((Optional*)stack[tensors]);
