@@ -216,7 +216,7 @@ for _name in ("masked_linear", "any_masked_linear"):
         " -> Tensor",
     )
     torch.library.register_fake(f"maskllm::{_name}", _fake)
-torch.library.impl("maskllm::any_masked_linear", ["CPU", "CUDA"], multiply)
+torch.library.impl("maskllm::any_masked_linear", "CPU", multiply)
 torch.library.impl("maskllm::masked_linear", "CUDA", multiply)
 if not cpu.register("masked_linear"):
     torch.library.impl("maskllm::masked_linear", "CPU", multiply)
